@@ -1,0 +1,172 @@
+"""The values that travel between layers. Frozen, without behaviour beyond small derived facts; no third-party imports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+OutcomeStatus = Literal[
+    "ok",  # exit status 0
+    "nonzero_exit",  # the code ended by itself with another status
+    "signal",  # the code was ended by a signal that was not ours
+    "timeout",  # wall-clock limit
+    "oom",  # memory limit
+    "pids_limit",  # process limit
+    "output_limit",  # output flood
+    "disk_limit",  # writable space or inodes used up
+    "denied",  # the tool gate refused; nothing ran
+]
+
+CONTAINED: frozenset[str] = frozenset({"signal", "timeout", "oom", "pids_limit", "output_limit", "disk_limit"})
+"""Outcomes of calls that ran into a wall of the sandbox."""
+
+Result = Literal["allow", "deny", "quarantine", "skip", "freeze"]
+"""What a gate may decide. `skip` drops one batch (bounds only, where the policy says so)."""
+
+Source = Literal["human", "model"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one tool call may use. A call that reaches a limit has an Outcome with that limit's status."""
+
+    wall_s: float
+    memory_mib: int
+    pids: int
+    cpus: float
+    tmpfs_mib: int
+    output_kib: int
+    """Kept of each stream: half of it from the head, half from the tail. Counts are exact beyond it."""
+    flood_mib: int
+    """Both streams together; more than this ends the call with `output_limit`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """One call that a model (or the loop on its behalf) wants to make."""
+
+    id: str
+    tool: str
+    code: str
+    stdin: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a tool call came back with. A dead sandbox is an exception and never an Outcome."""
+
+    call_id: str
+    status: OutcomeStatus
+    exit_code: int | None = None
+    """0-255, or None where the code did not exit by itself."""
+    signal: int | None = None
+    stdout: bytes = b""
+    stderr: bytes = b""
+    stdout_bytes: int = 0
+    """How much was written, also where less was kept."""
+    stderr_bytes: int = 0
+    wall_ms: float = 0.0
+    leftovers: int = 0
+    """Processes that the call left running; they were killed."""
+    refusal: str = ""
+    """For `denied`: the terse text that a model may see. It names no rule and no path."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the code ran and exited with status 0."""
+        return self.status == "ok"
+
+    @property
+    def contained(self) -> bool:
+        """Whether the call ran into a wall of the sandbox."""
+        return self.status in CONTAINED
+
+    @property
+    def text(self) -> str:
+        """Standard output as text; undecodable bytes are replaced. Of a denied call, the refusal."""
+        return self.refusal if self.status == "denied" else self.stdout.decode("utf-8", errors="replace")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """One value of one metric. `at` counts updates for training metrics and cycles for capability metrics."""
+
+    metric: str
+    value: float
+    at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """What a monitor says of a reading."""
+
+    level: Literal["ok", "warn", "trip"]
+    monitor: str
+    metric: str
+    value: float
+    at: int
+    low: float | None = None
+    """The expected range; None where that side is open."""
+    high: float | None = None
+    score: float | None = None
+    """How far outside, in the monitor's own unit (noise units for `jump`)."""
+    since: int | None = None
+    """The first reading that looks wrong."""
+    direction: Literal["up", "down"] | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What a gate decided, by which rule, and why. The controller acts on it."""
+
+    result: Result
+    gate: Literal["tool", "data", "update", "promotion", "operator", "audit"]
+    rule: str
+    reason: str
+    signals: tuple[Signal, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+    """JSON values that belong into the audit record."""
+
+    @property
+    def allowed(self) -> bool:
+        """True for `allow` alone."""
+        return self.result == "allow"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a record comes from. A record without one is quarantined."""
+
+    source: Source
+    origin: str
+    """A place a person can find again, such as `train.jsonl:17`."""
+    cycle: int
+    actor: str | None = None
+    """Digest of the promoted weights that wrote it; None for people."""
+    calls: tuple[str, ...] = ()
+    """Ids of the tool calls whose results it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """A claim of a record that the data gate can verify by itself: this code prints this number."""
+
+    tool: str
+    code: str
+    expected: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One piece of training data on its way to the weights."""
+
+    id: str
+    prompt: str
+    completion: str
+    provenance: Provenance | None
+    gain: float | None = None
+    """How much better the model does with it than without, in nats per token; None where the loop has no such number."""
+    check: Check | None = None
+    payload: Any = None
+    """The loop's own object; neither hashed nor logged."""
