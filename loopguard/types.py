@@ -1,4 +1,4 @@
-"""The values that travel between layers. Frozen, without behaviour beyond small derived facts; no third-party imports."""
+"""The values that travel between layers: frozen, with no behaviour beyond small derived facts."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ class Record:
     completion: str
     provenance: Provenance | None
     gain: float | None = None
-    """How much better the model does with it than without, in nats per token; None where the loop has no such number."""
+    """How much better the model does with it than without, in nats per token; None where a loop has no such number."""
     check: Check | None = None
     payload: Any = None
     """The loop's own object; neither hashed nor logged."""

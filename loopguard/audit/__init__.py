@@ -1,0 +1,1 @@
+"""The evidence: a log that can be appended to, read, verified, and explained."""

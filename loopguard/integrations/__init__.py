@@ -1,0 +1,1 @@
+"""How the controller holds a framework's model and optimizer: one file for each framework, loaded by name."""

@@ -1,0 +1,28 @@
+.PHONY: demo test check fix bench image clean
+
+demo: .venv/ready image  ## A guarded self-training loop with a planted fault, from nothing.
+	.venv/bin/loopguard demo
+
+test: .venv/ready  ## All tests. Without a Docker engine it runs the rest and says so at the end.
+	@sandbox_images/setup.sh || echo "make test: going on without a sandbox" >&2
+	.venv/bin/pytest
+
+check: .venv/ready  ## Format, lint, types.
+	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
+
+fix: .venv/ready  ## Format, and mend what the linter can mend.
+	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
+
+bench: .venv/ready image  ## What we claim about speed and detection. Takes about an hour; each script goes on where it stopped.
+	set -e; for script in benchmarks/*.py; do echo "== $$script"; .venv/bin/python $$script; done
+
+image:  ## The Docker engine and the sandbox image, where they are missing.
+	@sandbox_images/setup.sh
+
+clean:  ## What was built here. Leaves runs/ and the sandbox image alone.
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis && find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/ready: pyproject.toml constraints.txt
+	@echo "Installing Python packages into .venv (a few minutes, once)" >&2
+	@python3 -m venv .venv || { apt-get update -qq && apt-get install -y -qq python3-venv && python3 -m venv .venv; }
+	@.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]' && touch $@

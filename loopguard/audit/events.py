@@ -1,0 +1,270 @@
+"""What a record of the audit log is: its types, its fields, its bytes and its hash.
+
+Lives here: the one way to turn a record into a line and back. Not here: files (`log`, `read`), the chain (`verify`).
+The promise: a line is canonical JSON, and its hash covers every byte of it except the hash itself.
+`docs/audit-format.md` says the same for people who write their own verifier.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from loopguard.errors import AuditError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+FORMAT = 1
+GENESIS = "0" * 64
+"""`prev` of the first record."""
+
+MAX_BODY_KIB = 256
+MAX_LINE_BYTES = 512 * 1024
+"""No line of ours is longer; a reader that meets a longer one stops instead of filling memory."""
+
+LINE_START = b'{"actor":{'
+"""How every line begins, keys being sorted."""
+
+TYPES: dict[str, str] = {
+    "log.opened": "a process took the log",
+    "log.recovered": "a last line that a crash had cut was set aside",
+    "run.started": "the loop began, or went on",
+    "run.finished": "all cycles are done",
+    "run.interrupted": "a person stopped the process; the run can go on",
+    "policy.loaded": "the guard policy in force",
+    "policy.adopted": "another guard policy was taken on purpose",
+    "cycle.started": "a cycle began",
+    "cycle.finished": "a cycle ended",
+    "tool.decided": "the tool gate said yes or no to a call",
+    "tool.finished": "an allowed call came back",
+    "tool.lost": "an allowed call will never come back",
+    "data.admitted": "records became training data",
+    "data.refused": "a whole batch was kept out by a freeze",
+    "data.quarantined": "records were held back",
+    "update.leased": "these updates may be applied",
+    "update.applied": "these updates were applied, with their readings",
+    "update.withheld": "an update was stopped before it moved the weights",
+    "update.skipped": "a batch was dropped, as the policy allows",
+    "update.settled": "leased updates without a record were undone",
+    "eval.finished": "the candidate was measured",
+    "promotion.decided": "the promotion gate said yes or no",
+    "promotion.applied": "the candidate became the actor",
+    "promotion.settled": "a promotion that a crash had cut was completed or undone",
+    "snapshot.restored": "weights went back to a snapshot",
+    "freeze.requested": "a person asked for a freeze",
+    "freeze.entered": "updates, admission and promotion stopped",
+    "resume.requested": "a person asked for a resume",
+    "resume.applied": "a named person let the loop go on",
+    "note.requested": "a person handed in a note",
+    "note.added": "a person wrote something down",
+    "sandbox.created": "a cell was started",
+    "sandbox.removed": "a cell was taken away",
+    "sandbox.reaped": "cells of a dead owner were taken away",
+}
+
+_HASH_PREFIX = b"loopguard-record-v1\n"
+_HASH_MEMBER = b',"hash":"'
+_HEX64 = re.compile(r"[0-9a-f]{64}")
+_SAFE_INT = 2**53
+
+# Keys that sort before and after "hash"; a line is written as two halves with the hash between them.
+_FRONT = ("actor", "body", "boot", "cause", "cycle", "epoch")
+_BACK = ("id", "log", "mono_ns", "policy", "prev", "redacted", "seq", "ts", "type", "v")
+
+_STRINGS = ("boot", "id", "log", "policy", "prev", "ts", "type", "hash")
+_COUNTS = ("epoch", "mono_ns", "seq", "v")
+_FIELDS = frozenset((*_FRONT, "hash", *_BACK))
+
+
+class BadLineError(ValueError):
+    """A line that is no record. The message is the reason, without the place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The last record of a log. Its text, `SEQ:HASH`, is what a person notes down as an anchor."""
+
+    seq: int
+    hash: str
+
+    def __str__(self) -> str:
+        return f"{self.seq}:{self.hash}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One record as read from or written to the log."""
+
+    seq: int
+    id: str
+    type: str
+    ts: str
+    epoch: int
+    cycle: int | None
+    actor: Mapping[str, str]
+    policy: str
+    cause: tuple[str, ...]
+    body: Mapping[str, Any]
+    prev: str
+    hash: str
+    log: str
+    mono_ns: int
+    boot: str
+    redacted: tuple[str, ...] = field(default=())
+
+
+def encode(fields: Mapping[str, Any]) -> tuple[bytes, str]:
+    """The line (with its newline) and the hash of a record given by all fields but `hash`."""
+    front = canonical({key: fields[key] for key in _FRONT})[:-1]
+    back = canonical({key: fields[key] for key in _BACK})[1:]
+    digest = hashlib.sha256(_HASH_PREFIX + f"{front},{back}".encode("ascii")).hexdigest()
+    return f'{front},"hash":"{digest}",{back}\n'.encode("ascii"), digest
+
+
+def decode(line: bytes) -> Entry:
+    """The record in a line without its newline. Raises BadLineError when a byte of it is not what was hashed."""
+    # Strings of a line hold no bare quote, and no field after `hash` is an object: the last match is the real one.
+    at = line.rfind(_HASH_MEMBER)
+    start, end = at + len(_HASH_MEMBER), at + len(_HASH_MEMBER) + 64
+    if at < 0 or line[end : end + 2] != b'",':
+        raise BadLineError("is not a record (no hash where one belongs)")
+    stated = line[start:end]
+    if hashlib.sha256(_HASH_PREFIX + line[:at] + line[end + 1 :]).hexdigest().encode("ascii") != stated:
+        raise BadLineError("was altered (its hash does not match its content)")
+    try:
+        value = json.loads(line)
+    except ValueError as error:
+        raise BadLineError(f"is not JSON ({error})") from error
+    return _entry(value)
+
+
+def _entry(value: Any) -> Entry:
+    if not isinstance(value, dict) or "v" not in value:
+        raise BadLineError("is not a record (no version)")
+    if value["v"] != FORMAT:
+        raise UnknownFormatError(f"is of format {printable(str(value['v']))}; this LoopGuard reads format {FORMAT}")
+    if value.keys() != _FIELDS:
+        raise BadLineError(f"does not have the fields of a record ({_field_trouble(value)})")
+    if not _well_typed(value):
+        raise BadLineError("has a field of the wrong type")
+    return Entry(
+        **{key: value[key] for key in (*_STRINGS, "epoch", "mono_ns", "seq", "cycle", "actor", "body")},
+        cause=tuple(value["cause"]),
+        redacted=tuple(value["redacted"]),
+    )
+
+
+class UnknownFormatError(BadLineError):
+    """A record that hashes right and is of a format that this version does not read."""
+
+
+def _field_trouble(value: dict[str, Any]) -> str:
+    missing, extra = sorted(_FIELDS - value.keys()), sorted(value.keys() - _FIELDS)
+    return printable(f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(extra) or 'none'}")
+
+
+def _well_typed(value: dict[str, Any]) -> bool:
+    return (
+        all(type(value[key]) is str for key in _STRINGS)
+        and all(type(value[key]) is int for key in _COUNTS)
+        and (value["cycle"] is None or type(value["cycle"]) is int)
+        and all(type(value[key]) is dict for key in ("actor", "body"))
+        and all(type(value[key]) is list for key in ("cause", "redacted"))
+    )
+
+
+def fields_of(entry: Entry) -> dict[str, Any]:
+    """Every field as the log holds it, in the log's order."""
+    names = sorted(_FIELDS)
+    return {name: FORMAT if name == "v" else getattr(entry, name) for name in names}
+
+
+def canonical(value: Any) -> str:
+    """JSON text with sorted keys, no spaces, and ASCII only."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def plain(value: Any, *, place: str = "body") -> Any:
+    """A copy that JSON holds without loss; what JSON has no number for becomes a string.
+
+    Integers of 2^53 and more become their decimal text, NaN and infinities "NaN", "Infinity" and "-Infinity", lone
+    surrogates U+FFFD. Anything that is not a JSON value is an AuditError naming its place.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        # str() also strips subclasses, whose encoding would be their own affair.
+        return _whole_text(str(value))
+    if isinstance(value, int):
+        return int(value) if -_SAFE_INT < value < _SAFE_INT else str(int(value))
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else _not_finite(value)
+    if isinstance(value, dict):
+        return _plain_mapping(value, place)
+    if isinstance(value, (list, tuple)):
+        return [plain(item, place=f"{place}[{index}]") for index, item in enumerate(value)]
+    raise AuditError(f"{place} is a {type(value).__name__}, which a record cannot hold; pass JSON values only")
+
+
+def _plain_mapping(value: dict[Any, Any], place: str) -> dict[str, Any]:
+    if wrong := [key for key in value if not isinstance(key, str)]:
+        raise AuditError(f"{place} has the key {wrong[0]!r}, which is not a string; a record's keys are strings")
+    return {_whole_text(key): plain(item, place=f"{place}.{key}") for key, item in value.items()}
+
+
+def _whole_text(text: str) -> str:
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def _not_finite(value: float) -> str:
+    if math.isnan(value):
+        return "NaN"
+    return "Infinity" if value > 0 else "-Infinity"
+
+
+def number(value: Any) -> float | None:
+    """A recorded number, also one that JSON had to hold as text; None for anything else."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, (int, float)):
+        return float(value)
+    if value in {"NaN", "Infinity", "-Infinity"}:
+        return float(value)
+    return None
+
+
+def check_type(name: str) -> None:
+    """Refuse a record type that no reader knows."""
+    if name in TYPES:
+        return
+    near = difflib.get_close_matches(name, TYPES, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AuditError(f"record type {name!r} is unknown; the types are listed in loopguard/audit/events.py.{hint}")
+
+
+def is_digest(text: str) -> bool:
+    """Whether this is a SHA-256 in lower-case hex."""
+    return _HEX64.fullmatch(text) is not None
+
+
+def printable(text: str) -> str:
+    """Text of strangers made safe to show: control, bidirectional and invisible characters become visible escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escaped(char) for char in text)
+
+
+def _escaped(char: str) -> str:
+    short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}.get(char)
+    if short is not None:
+        return short
+    code = ord(char)
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

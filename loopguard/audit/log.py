@@ -1,0 +1,685 @@
+"""Write the audit log: one writer, one lock, one chain; a record is on disk before the action that it allows.
+
+Covered: crashes (a cut last line is set aside and named, never silently dropped), forks, threads (many callers share
+one sync), short writes, and a disk that is full or fails: the first error ends this log for good, because a second sync
+after a failed one may report success for data that is gone. One more record then fits into space kept free for it.
+
+Not covered: a machine that lies about syncing, and whoever may write to the folder. `verify` and an anchor kept
+elsewhere are for that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import threading
+import time
+import uuid
+import weakref
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import loopguard
+from loopguard.audit import read, verify
+from loopguard.audit.events import (
+    FORMAT,
+    GENESIS,
+    MAX_BODY_KIB,
+    Entry,
+    Head,
+    canonical,
+    check_type,
+    decode,
+    encode,
+    plain,
+)
+from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, RunBusyError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+SEGMENT_BYTES = 64 * 1024 * 1024
+RESERVE = "reserve.bin"
+
+_LOCK_TRIES = 10
+_LOCK_PAUSE_S = 0.03
+_LOOP_ACTOR = {"kind": "loop", "id": f"loopguard/{loopguard.__version__}"}
+
+
+class Clock(Protocol):
+    """Where a log takes its times from."""
+
+    def now(self) -> datetime:
+        """The time of day, with its zone."""
+        ...
+
+    def monotonic_ns(self) -> int:
+        """A count of nanoseconds that never runs backward."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def now(self) -> datetime:
+        """The time of day in UTC."""
+        return datetime.now(UTC)
+
+    def monotonic_ns(self) -> int:
+        """Nanoseconds since some point before the process began."""
+        return time.monotonic_ns()
+
+
+system_clock = SystemClock()
+
+
+@dataclass(slots=True)
+class _Segment:
+    """The file that is written to, and how much of it holds whole records."""
+
+    path: Path
+    fd: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Durable:
+    """The last state of which a sync said that it is on disk."""
+
+    head: Head
+    size: int
+
+
+class AuditLog:
+    """The open log of one stream of a run directory. Lives as long as the process that owns the run.
+
+    Thread-safe. `append` returns once the record is durable (`sync=False`: once it is written; a later `sync` covers
+    it). After the first write or sync error every call raises AuditWriteError, except one `append_last`.
+
+    >>> from pathlib import Path
+    >>> from tempfile import mkdtemp
+    >>> with AuditLog.open(Path(mkdtemp()) / "runs" / "a", run_id="a", policy="") as log:
+    ...     entry = log.append("note.added", {"by": "dana", "text": "first look"})
+    >>> entry.seq, log.head.seq
+    (2, 2)
+    """
+
+    @classmethod
+    def open(
+        cls,
+        run_dir: Path,
+        *,
+        stream: str = read.CONTROLLER,
+        run_id: str,
+        policy: str,
+        clock: Clock = system_clock,
+        mirror: Callable[[Entry], None] | None = None,
+        reserve_mib: int = 4,
+        verify: bool = True,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> AuditLog:
+        """Take the lock, check what is there, set a cut last line aside, and record `log.opened`.
+
+        Raises RunBusyError where another process has the log, AuditTamperedError where it does not verify (with
+        `verify=False` it goes on behind the last whole record, so that a freeze can still be written), AuditWriteError
+        where the disk does not take it. `mirror` sees each record after it was written; it must not raise.
+        """
+        with _disk(f"open the audit log of {run_dir}"):
+            folder = _make_folder(read.stream_dir(run_dir, stream))
+            lock = _take_lock(folder / "lock", run_dir, clock)
+        try:
+            return cls(
+                folder,
+                run_dir=Path(run_dir),
+                lock=lock,
+                log=f"{run_id}/{stream}",
+                policy=policy,
+                clock=clock,
+                mirror=mirror,
+                reserve_mib=reserve_mib,
+                strict=verify,
+                segment_bytes=segment_bytes,
+            )
+        except BaseException:
+            os.close(lock)
+            raise
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        run_dir: Path,
+        lock: int,
+        log: str,
+        policy: str,
+        clock: Clock,
+        mirror: Callable[[Entry], None] | None,
+        reserve_mib: int,
+        strict: bool,
+        segment_bytes: int,
+    ) -> None:
+        self.log = log
+        self.policy = policy
+        """Digest of the guard policy in force; stands in every record."""
+        self._folder = folder
+        self._clock = clock
+        self._mirror = mirror
+        self._segment_bytes = segment_bytes
+        self._lock_fd = lock
+        self._boot = _boot()
+        self._write_lock = threading.Lock()
+        self._sync_lock = threading.Lock()
+        self._trouble: str | None = None
+        self._last_used = False
+        self._pending: tuple[Head, int] | None = None
+        found = _scan(run_dir, folder.name, log, strict=strict)
+        self._head = found.head
+        self._epoch = found.epoch
+        with _disk(f"write the audit log of {run_dir}"):
+            _set_aside(folder, found)
+            _make_reserve(folder / RESERVE, reserve_mib)
+            self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
+        self._durable = _Durable(self._head, self._segment.size)
+        try:
+            for name, data in _unrecorded(folder, found.recovered):
+                body = {"torn_bytes": len(data), "digest": hashlib.sha256(data).hexdigest(), "file": name}
+                self.append("log.recovered", body)
+            self.append("log.opened", {"pid": os.getpid(), "versions": _versions()})
+        except BaseException:
+            os.close(self._segment.fd)
+            raise
+        _open_logs.add(self)
+
+    @property
+    def head(self) -> Head:
+        """The last record written."""
+        return self._head
+
+    @property
+    def durable_head(self) -> Head:
+        """The last record that is known to be on disk."""
+        return self._durable.head
+
+    @property
+    def epoch(self) -> int:
+        """The fencing number in every record; goes up only, and survives restarts."""
+        return self._epoch
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        if value < self._epoch:
+            raise AuditError(f"the epoch is {self._epoch} and cannot go back to {value}")
+        self._epoch = value
+
+    @property
+    def degraded(self) -> bool:
+        """Whether a write or a sync failed; only `append_last` writes from then on."""
+        return self._trouble is not None
+
+    def append(
+        self,
+        type: str,  # noqa: A002 - the word of the record's field
+        body: Mapping[str, Any] | None = None,
+        *,
+        cycle: int | None = None,
+        cause: Sequence[str] = (),
+        actor: Mapping[str, str] | None = None,
+        sync: bool = True,
+    ) -> Entry:
+        """Write one record, and with `sync` wait until it is on disk.
+
+        `cause` names the ids of records that led to this one. Raises AuditError for a record that cannot be one
+        (unknown type, not JSON, too large) and AuditWriteError where it could not be made durable.
+        """
+        check_type(type)
+        fields = {
+            "type": type,
+            "body": _bounded(type, body or {}),
+            "cycle": cycle,
+            "cause": plain(list(cause), place="cause"),
+            "actor": plain(dict(actor or _LOOP_ACTOR), place="actor"),
+        }
+        self._refuse_if_unusable()
+        if self._segment.size >= self._segment_bytes:
+            self._rotate()
+        with self._write_lock:
+            self._refuse_if_unusable()
+            entry = self._write(fields)
+        if sync:
+            self._sync_up_to(entry.seq)
+        if self._mirror is not None:
+            self._mirror(entry)
+        return entry
+
+    def append_last(
+        self,
+        type: str,  # noqa: A002 - as above
+        body: Mapping[str, Any] | None = None,
+        *,
+        cycle: int | None = None,
+        cause: Sequence[str] = (),
+    ) -> Entry:
+        """Write a record that must not be lost, also on a full disk; for freezes.
+
+        Tries the ordinary way where nothing failed yet. Else it gives back the space kept free and writes the record to
+        a segment of its own. That works once; then AuditWriteError.
+        """
+        if not self.degraded:
+            with contextlib.suppress(AuditWriteError):
+                return self.append(type, body, cycle=cycle, cause=cause)
+        check_type(type)
+        bounded = _bounded(type, body or {})
+        fields = {"type": type, "body": bounded, "cycle": cycle, "cause": list(cause), "actor": dict(_LOOP_ACTOR)}
+        with self._sync_lock, self._write_lock:
+            if self._lock_fd < 0 or self._last_used:
+                raise AuditWriteError(f"{self._trouble}; the space kept free for a last record is used up")
+            self._last_used = True
+            with _disk("write a last record"):
+                entry = self._write_last(fields)
+        if self._mirror is not None:
+            self._mirror(entry)
+        return entry
+
+    def sync(self) -> None:
+        """Return once everything appended so far is on disk. Callers at the same time share one sync."""
+        self._refuse_if_unusable()
+        self._sync_up_to(self._head.seq)
+
+    def close(self) -> None:
+        """Sync what was written and give the lock back. Closing twice is fine."""
+        if self._lock_fd < 0:
+            return
+        try:
+            if not self.degraded:
+                self.sync()
+        finally:
+            self._drop("the log is closed")
+
+    def __enter__(self) -> AuditLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- writing; the write lock is held ---------------------------------------------------------------------------
+
+    def _write(self, fields: Mapping[str, Any]) -> Entry:
+        self._settle()
+        line, entry = self._line(fields)
+        # Noted before the write: a Ctrl-C between it and the lines below must not make two records of one number.
+        self._pending = (Head(entry.seq, entry.hash), self._segment.size + len(line))
+        try:
+            _write_all(self._segment.fd, line)
+        except OSError as error:
+            raise self._failed("write", error) from error
+        self._take_pending()
+        return entry
+
+    def _take_pending(self) -> None:
+        assert self._pending is not None
+        self._head, self._segment.size = self._pending
+        self._pending = None
+
+    def _settle(self) -> None:
+        """Find out what became of a write that an exception interrupted."""
+        if self._pending is None:
+            return
+        size = os.fstat(self._segment.fd).st_size
+        if size == self._pending[1]:
+            self._take_pending()
+            return
+        os.ftruncate(self._segment.fd, self._segment.size)
+        self._pending = None
+
+    def _line(self, fields: Mapping[str, Any]) -> tuple[bytes, Entry]:
+        now = self._clock.now()
+        envelope = {
+            "v": FORMAT,
+            "log": self.log,
+            "seq": self._head.seq + 1,
+            "epoch": self._epoch,
+            "ts": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "mono_ns": self._clock.monotonic_ns(),
+            "boot": self._boot,
+            "id": _uuid7(now),
+            "policy": self.policy,
+            "redacted": [],
+            "prev": self._head.hash,
+            **fields,
+        }
+        line, _ = encode(envelope)
+        return line, decode(line[:-1])
+
+    def _failed(self, verb: str, error: OSError) -> AuditWriteError:
+        self._trouble = f"cannot {verb} {self._segment.path}: {error.strerror or error}"
+        return AuditWriteError(f"{self._trouble}. Nothing goes on without its record: free the disk, then start again")
+
+    def _refuse_if_unusable(self) -> None:
+        if self._trouble is not None:
+            raise AuditWriteError(self._trouble)
+
+    def _rotate(self) -> None:
+        with self._sync_lock, self._write_lock:
+            self._refuse_if_unusable()
+            if self._segment.size < self._segment_bytes:
+                return  # another thread was faster
+            old = self._segment
+            try:
+                _flush(old.fd)
+                fresh = _open_segment(self._folder / read.segment_name(self._head.seq + 1))
+            except OSError as error:
+                raise self._failed("rotate", error) from error
+            # In this order, so that a fork at any moment finds descriptors that are ours.
+            self._segment = fresh
+            self._durable = _Durable(self._head, fresh.size)
+            os.close(old.fd)
+
+    def _sync_up_to(self, seq: int) -> None:
+        # Whoever gets here first syncs for all who wrote before that; the others wait, find it done, and return.
+        with self._sync_lock:
+            if self._durable.head.seq >= seq:
+                return
+            self._refuse_if_unusable()
+            with self._write_lock:
+                target = _Durable(self._head, self._segment.size)
+            try:
+                _flush(self._segment.fd)
+            except OSError as error:
+                raise self._failed("sync", error) from error
+            self._durable = target
+
+    # -- the last record; both locks are held ----------------------------------------------------------------------
+
+    def _write_last(self, fields: Mapping[str, Any]) -> Entry:
+        (self._folder / RESERVE).unlink(missing_ok=True)
+        _sync_folder(self._folder)
+        self._cut_back()
+        line, entry = self._line(fields)
+        fresh = _open_segment(self._folder / read.segment_name(entry.seq))
+        os.close(self._segment.fd)
+        self._segment = fresh
+        _write_all(fresh.fd, line)
+        _flush(fresh.fd)
+        self._head = Head(entry.seq, entry.hash)
+        self._durable = _Durable(self._head, len(line))
+        return entry
+
+    def _cut_back(self) -> None:
+        """End the failed segment at the last record known to be on disk; keep what stood behind it beside the log.
+
+        Nothing that those records would have allowed has happened, or they were of the kind that may be lost. The next
+        start finds the bytes and records their digest.
+        """
+        path, size = self._segment.path, self._durable.size
+        with path.open("rb") as file:
+            file.seek(size)
+            rest = file.read()
+        if rest:
+            _write_torn(self._folder, self._durable.head.seq + 1, rest)
+        if size == 0:
+            path.unlink()
+            _sync_folder(self._folder)
+        else:
+            # A descriptor of its own: the one that failed is not asked again.
+            _cut(path, size)
+        self._head = self._durable.head
+
+    def _drop(self, why: str) -> None:
+        self._trouble = why
+        for fd in (self._segment.fd, self._lock_fd):
+            os.close(fd)
+        self._lock_fd = -1
+        _open_logs.discard(self)
+
+    def _forked(self) -> None:
+        # Closing is enough and unlocking would be wrong: the parent shares this lock and goes on.
+        if self._lock_fd >= 0:
+            self._drop(f"this process is a fork of the one that owns {self.log}; only that one writes the audit log")
+
+
+# -- forks -------------------------------------------------------------------------------------------------------------
+
+_open_logs: weakref.WeakSet[AuditLog] = weakref.WeakSet()
+
+
+def _close_in_child() -> None:
+    for log in list(_open_logs):
+        log._forked()
+
+
+os.register_at_fork(after_in_child=_close_in_child)
+
+
+# -- what is there already ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a scan of the segments found."""
+
+    head: Head
+    epoch: int = 0
+    path: Path | None = None
+    """The segment to go on with; None where there is none yet."""
+    torn_at: int | None = None
+    torn: bytes = b""
+    recovered: frozenset[str] = frozenset()
+    """Files of set-aside bytes that a record names already."""
+
+
+def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
+    chain = verify.Chain(stream, verify.twins(run_dir, stream), log=log)
+    found = _Found(Head(0, GENESIS))
+    recovered: set[str] = set()
+    paths = read.segments(run_dir, stream)
+    for path in paths:
+        found.path = path
+        for line in read.raw_lines(path):
+            if not line.complete and path == paths[-1] and read.looks_torn(line.data):
+                found.torn_at, found.torn = line.offset, line.data
+                break
+            entry, finding = chain.feed(line)
+            if strict:
+                _refuse(line, finding, chain.head.seq)
+            if entry:
+                found.epoch = max(found.epoch, entry.epoch)
+                if entry.type == "log.recovered":
+                    recovered.add(str(entry.body.get("file")))
+    found.head = chain.head
+    found.recovered = frozenset(recovered)
+    return found
+
+
+def _refuse(line: read.Line, finding: verify.Finding | None, last: int) -> None:
+    if finding is None and line.complete:
+        return
+    text = finding.text if finding else f"{line.place}: the record does not end its line"
+    raise AuditTamperedError(f"{text}. What stands before it verifies; `loopguard audit verify` says more")
+
+
+def _set_aside(folder: Path, found: _Found) -> None:
+    """Move a cut last line out of the log: first its bytes to a file of their own, then the cut."""
+    if found.torn_at is None:
+        return
+    assert found.path is not None
+    _write_torn(folder, found.head.seq + 1, found.torn)
+    _cut(found.path, found.torn_at)
+
+
+def _write_torn(folder: Path, seq: int, data: bytes) -> None:
+    taken = {path.name for path in folder.glob("torn-*.bin")}
+    names = (f"torn-{seq:012d}{suffix}.bin" for suffix in ("", *(f"-{count}" for count in range(2, 1000))))
+    name = next(name for name in names if name not in taken or (folder / name).read_bytes() == data)
+    partial = folder / f".{name}"
+    fd = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        _write_all(fd, data)
+        _flush(fd)
+    finally:
+        os.close(fd)
+    partial.replace(folder / name)
+    _sync_folder(folder)
+
+
+def _unrecorded(folder: Path, recovered: frozenset[str]) -> list[tuple[str, bytes]]:
+    """Set-aside bytes that no record names yet: of just now, or of a start that died before it could say so."""
+    return [(path.name, path.read_bytes()) for path in sorted(folder.glob("torn-*.bin")) if path.name not in recovered]
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _disk(doing: str) -> Any:
+    """Turn what the file system says into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        raise AuditWriteError(f"cannot {doing}: {error.strerror or error}{where}") from error
+
+
+def _make_folder(folder: Path) -> Path:
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in reversed(missing):
+        _sync_folder(path.parent)
+    return folder
+
+
+def _take_lock(path: Path, run_dir: Path, clock: Clock) -> int:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        # A few tries: `read.owner` holds the lock for an instant when somebody asks who has it.
+        for attempt in range(_LOCK_TRIES):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if attempt == _LOCK_TRIES - 1:
+                    raise _busy(fd, run_dir) from None
+                time.sleep(_LOCK_PAUSE_S)
+        os.ftruncate(fd, 0)
+        since = clock.now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        os.pwrite(fd, f"{json.dumps({'pid': os.getpid(), 'since': since})}\n".encode("ascii"), 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _busy(fd: int, run_dir: Path) -> RunBusyError:
+    owner = read.holder(fd)
+    who = f"process {owner.pid}" if owner.pid else "another process"
+    return RunBusyError(f"{run_dir} is in use by {who} (since {owner.since}): wait for it, or use another --run-dir")
+
+
+def _open_segment(path: Path) -> _Segment:
+    fresh = not path.exists()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    try:
+        if fresh:
+            os.fsync(fd)
+            _sync_folder(path.parent)
+        return _Segment(path, fd, os.fstat(fd).st_size)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+if sys.platform == "darwin":
+
+    def _flush(fd: int) -> None:
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)  # fsync alone leaves the data in the drive's cache there
+
+else:
+
+    def _flush(fd: int) -> None:
+        os.fdatasync(fd)
+
+
+def _cut(path: Path, size: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.ftruncate(fd, size)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _make_reserve(path: Path, mib: int) -> None:
+    """Space that a last record can be written to when the disk is full. Real bytes: holes and zeros may take none."""
+    if path.exists() and path.stat().st_size == mib * 1024 * 1024:
+        return
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    try:
+        for _ in range(mib):
+            _write_all(fd, os.urandom(1024 * 1024))
+        os.fsync(fd)
+    except BaseException:
+        # Half a reserve is worse than none: it takes space and promises what it cannot hold.
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
+    _sync_folder(path.parent)
+
+
+# -- small facts -------------------------------------------------------------------------------------------------------
+
+
+def _bounded(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    value: dict[str, Any] = plain(dict(body))
+    size = len(canonical(value))
+    if size > MAX_BODY_KIB * 1024:
+        raise AuditError(
+            f"the body of a {name} record has {size:,} bytes; at most {MAX_BODY_KIB} KiB fit. "
+            "Record a digest and keep the rest in a file"
+        )
+    return value
+
+
+def _versions() -> dict[str, str]:
+    return {"loopguard": loopguard.__version__, "python": platform.python_version()}
+
+
+def _boot() -> str:
+    """What tells one start of the machine from the next, since the monotonic clock begins anew with each."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        # No such file on macOS: the minute of the start, which both clocks together give away.
+        return f"started-{int((time.time() - time.monotonic()) // 60)}"
+
+
+def _uuid7(now: datetime) -> str:
+    """A UUID of version 7: milliseconds, then a fraction of one, then chance. Sorts by time."""
+    micros = int(now.timestamp() * 1_000_000)
+    millis, rest = divmod(micros, 1000)
+    value = (millis & (2**48 - 1)) << 80 | 0x7 << 76 | (rest * 4096 // 1000) << 64
+    value |= 0b10 << 62 | int.from_bytes(os.urandom(8), "big") >> 2
+    return str(uuid.UUID(int=value))

@@ -1,0 +1,210 @@
+"""Read an audit log: its segments, its lines, its records, its end.
+
+Reading takes no lock and writes nothing, so it works beside a living writer and on a copied folder. It checks each
+record's own hash where it hands one out; whether the records follow one another is the business of `verify`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, Entry, decode
+from loopguard.errors import AuditTamperedError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator
+
+CONTROLLER = "controller"
+
+_SEGMENT = re.compile(r"seg-(\d{12})\.jsonl")
+_TAIL_BLOCK_BYTES = 64 * 1024
+_WRITER_GRACE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a segment, without its newline. Only the last line of a segment can be incomplete."""
+
+    data: bytes
+    complete: bool
+    path: Path
+    number: int
+    offset: int
+
+    @property
+    def place(self) -> str:
+        """Where a person finds it."""
+        return f"{self.path}:{self.number}"
+
+
+def stream_dir(run_dir: Path, stream: str = CONTROLLER) -> Path:
+    """The folder of one stream of a run directory."""
+    return Path(run_dir) / "audit" / stream
+
+
+def segments(run_dir: Path, stream: str = CONTROLLER) -> list[Path]:
+    """The segment files, oldest first; empty where there is no log."""
+    folder = stream_dir(run_dir, stream)
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _SEGMENT.fullmatch(path.name))
+
+
+def segment_name(first_seq: int) -> str:
+    """The file name of a segment, from the sequence number of its first record."""
+    return f"seg-{first_seq:012d}.jsonl"
+
+
+def first_seq(path: Path) -> int:
+    """The sequence number that a segment's name promises for its first record."""
+    match = _SEGMENT.fullmatch(path.name)
+    assert match is not None
+    return int(match.group(1))
+
+
+def raw_lines(path: Path) -> Iterator[Line]:
+    """Every line of one segment. A line beyond the size of any record ends the reading, as incomplete."""
+    with path.open("rb") as file:
+        number = offset = 0
+        while data := _whole_line(file):
+            number += 1
+            complete = data.endswith(b"\n")
+            yield Line(data[:-1] if complete else data, complete, path, number, offset)
+            offset += len(data)
+            if not complete:
+                return
+
+
+def _whole_line(file: IO[bytes]) -> bytes:
+    data = file.readline(MAX_LINE_BYTES)
+    # A living writer may be between two pages of a write: look once more before calling a line cut.
+    while data and not data.endswith(b"\n") and len(data) < MAX_LINE_BYTES:
+        time.sleep(_WRITER_GRACE_S)
+        more = file.readline(MAX_LINE_BYTES - len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def looks_torn(data: bytes) -> bool:
+    """Whether bytes without a newline can be what a crash left of one record, rather than an edited one."""
+    kept = data.rstrip(b"\0")  # some file systems grow a file before its content arrives
+    if not kept.startswith(LINE_START[: len(kept)]):
+        return False
+    try:
+        _, end = json.JSONDecoder().raw_decode(kept.decode("latin-1"))
+    except ValueError:
+        return True  # cut inside
+    if end != len(kept):
+        return False  # a whole record and then something that is not a newline
+    return _is_record(kept)
+
+
+def _is_record(data: bytes) -> bool:
+    try:
+        decode(data)
+    except BadLineError:
+        return False
+    return True
+
+
+def lines(run_dir: Path, stream: str = CONTROLLER) -> Iterator[Line]:
+    """Every line of a log, across its segments; `UsageError` where there is no log."""
+    paths = segments(run_dir, stream)
+    if not paths:
+        raise UsageError(f"{run_dir} holds no audit log ({stream_dir(run_dir, stream)} has no seg-*.jsonl)")
+    for path in paths:
+        yield from raw_lines(path)
+
+
+def entries(run_dir: Path, stream: str = CONTROLLER, *, types: Collection[str] | None = None) -> Iterator[Entry]:
+    """Every record, or those of some types, oldest first.
+
+    A last line that is still being written, or that a crash cut, is not a record. Raises UsageError where there is no
+    log and AuditTamperedError at a record that was altered.
+    """
+    # Keys are sorted, so that a record's type stands at the end of its line and most lines need no parsing.
+    ends = None if types is None else tuple(f',"type":"{name}","v":{FORMAT}}}'.encode("ascii") for name in types)
+    for line in lines(run_dir, stream):
+        if line.complete and (ends is None or line.data.endswith(ends)):
+            yield _entry(line.data, line.place)
+
+
+def at(run_dir: Path, stream: str, seq: int) -> Entry | None:
+    """The record with this number; None where the log has none."""
+    path = next((path for path in reversed(segments(run_dir, stream)) if first_seq(path) <= seq), None)
+    member = f',"seq":{seq},"ts":'.encode("ascii")
+    for line in raw_lines(path) if path else ():
+        if line.complete and line.data.rfind(member) >= 0 and (entry := _entry(line.data, line.place)).seq == seq:
+            return entry
+    return None
+
+
+def owner(run_dir: Path, stream: str = CONTROLLER) -> int | None:
+    """The living process that has the log open for writing; None where there is none."""
+    try:
+        descriptor = os.open(stream_dir(run_dir, stream) / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return holder(descriptor).pid
+    finally:
+        os.close(descriptor)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Who says that it holds a lock. Only the lock itself says whether that is still so."""
+
+    pid: int
+    since: str
+
+
+def holder(descriptor: int) -> Holder:
+    """What the owner wrote into its lock file."""
+    try:
+        facts = json.loads(os.pread(descriptor, 4096, 0))
+        return Holder(int(facts["pid"]), str(facts["since"]))
+    except (ValueError, KeyError, TypeError):
+        return Holder(0, "a moment ago")  # it took the lock and has not written yet
+
+
+def _entry(data: bytes, place: str) -> Entry:
+    try:
+        return decode(data)
+    except BadLineError as error:
+        raise AuditTamperedError(f"{place}: the record {error}. `loopguard audit verify` says more") from error
+
+
+def last(run_dir: Path, stream: str = CONTROLLER) -> Entry | None:
+    """The newest record, read from the end of the newest segment; None where nothing was recorded yet."""
+    for path in reversed(segments(run_dir, stream)):
+        if (data := _last_line(path)) is not None:
+            return _entry(data, f"{path} (last line)")
+    return None
+
+
+def _last_line(path: Path) -> bytes | None:
+    with path.open("rb") as file:
+        position = file.seek(0, 2)
+        tail = b""
+        while position > 0 and len(tail) <= 2 * MAX_LINE_BYTES:
+            step = min(_TAIL_BLOCK_BYTES, position)
+            position = file.seek(position - step)
+            tail = file.read(step) + tail
+            end = tail.rfind(b"\n")
+            start = tail.rfind(b"\n", 0, end) if end > 0 else -1
+            if start >= 0 or (end > 0 and position == 0):
+                return tail[start + 1 : end]
+    return None

@@ -1,0 +1,94 @@
+"""May these weights become the actor of the next cycle?"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+from loopguard.types import Decision, Signal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from loopguard.policy.schema import PanelMetric, Promotion
+
+
+class PromotionGate:
+    """Compares the panel of a candidate with the panel of the last promoted weights, upwards as well as downwards.
+
+    A gain beyond what the policy allows in one cycle freezes the loop just as a loss does: a capability that appears
+    at once is either a bug or something that a person should look at before it acts.
+    """
+
+    def __init__(self, promotion: Promotion) -> None:
+        self._metrics = {metric.metric: metric for metric in promotion.panel}
+
+    def decide(self, panel: Mapping[str, float], *, previous: Mapping[str, float] | None) -> Decision:
+        """Judge a panel. Without a `previous` one (the first promotion of a run) only the domains are checked."""
+        missing = sorted(self._metrics.keys() - panel.keys())
+        unknown = sorted(panel.keys() - self._metrics.keys())
+        if missing:
+            return _freeze("missing", f"the panel lacks {', '.join(missing)}")
+        if unknown:
+            return _freeze("unknown", f"the guard policy does not know {', '.join(unknown)}: add it to promotion.panel")
+        signals = [_judge(metric, panel[name], previous) for name, metric in self._metrics.items()]
+        trips = tuple(signal for signal in signals if signal.level == "trip")
+        if trips:
+            return _freeze(f"{trips[0].monitor}:{trips[0].metric}", "; ".join(s.reason for s in trips), trips)
+        if all(signal.level == "ok" for signal in signals):
+            reason = (
+                "the first panel of the run" if previous is None else "every metric moved less than the policy allows"
+            )
+            return Decision(result="allow", gate="promotion", rule="panel", reason=reason)
+        return _freeze("unjudged", "a metric of the panel could not be judged", tuple(signals))
+
+
+def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None) -> Signal:
+    if not math.isfinite(value):
+        return _trip("domain", rule, value, None, None, None, f"{rule.metric} is {value}, not a finite number")
+    if (rule.min is not None and value < rule.min) or (rule.max is not None and value > rule.max):
+        reason = f"{rule.metric} is {value:.4g}, outside its domain"
+        return _trip("domain", rule, value, rule.min, rule.max, None, reason)
+    if previous is None:
+        return Signal(level="ok", monitor="change", metric=rule.metric, value=value, at=0)
+    old = previous.get(rule.metric)
+    if old is None:
+        return _trip("change", rule, value, None, None, None, f"{rule.metric} has no value at the last promotion")
+    up, down = (rule.max_loss, rule.max_gain) if rule.good == "down" else (rule.max_gain, rule.max_loss)
+    low, high = old - down, old + up
+    if low <= value <= high:
+        return Signal(level="ok", monitor="change", metric=rule.metric, value=value, at=0, low=low, high=high)
+    direction: Literal["up", "down"] = "up" if value > old else "down"
+    word = "moved" if rule.good == "none" else "gained" if direction == rule.good else "lost"
+    limit = up if direction == "up" else down
+    reason = (
+        f"{rule.metric} {word} {abs(value - old):.3g} in one cycle, from {old:.4g} to {value:.4g}; "
+        f"the policy allows {limit:.3g}"
+    )
+    return _trip("change", rule, value, low, high, direction, reason)
+
+
+def _trip(
+    monitor: str,
+    rule: PanelMetric,
+    value: float,
+    low: float | None,
+    high: float | None,
+    direction: Literal["up", "down"] | None,
+    reason: str,
+) -> Signal:
+    return Signal(
+        level="trip",
+        monitor=monitor,
+        metric=rule.metric,
+        value=value,
+        at=0,
+        low=low,
+        high=high,
+        direction=direction,
+        reason=reason,
+    )
+
+
+def _freeze(rule: str, reason: str, signals: tuple[Signal, ...] = ()) -> Decision:
+    return Decision(result="freeze", gate="promotion", rule=rule, reason=reason, signals=signals)

@@ -1,0 +1,192 @@
+"""Is one guard policy tighter than another? Anything that is not provably tighter counts as loosened.
+
+A run directory belongs to one policy. When it is given another, tightening is recorded and goes on; loosening needs a
+person. So the doubtful case must come out as loosened, and a key that `_ORDER` does not list is a doubtful case: one
+that somebody adds later is safe until its direction has been thought about.
+
+Compared is what a policy lets happen: tools with the cell they run in, rather than rules and profiles by name.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from loopguard.policy.schema import GuardPolicy
+
+Direction = Literal["same", "tightened", "loosened"]
+
+Order = Literal[
+    "smaller",  # a smaller number is tighter, and none at all is loosest
+    "larger",  # a larger number is tighter, and none at all is loosest
+    "fewer",  # a subset is tighter
+    "more",  # a superset is tighter
+    "any",  # to have a value is tighter than to have none; two values cannot be compared
+    "neutral",  # says nothing about what may happen
+]
+
+# A tuple lists values from the tightest to the loosest. `*` stands for the name of a tool, monitor or metric.
+_ORDER: dict[str, Order | tuple[str, ...]] = {
+    "name": "neutral",
+    "description": "neutral",
+    "tools.run.*.max_code_bytes": "smaller",
+    "tools.run.*.refuse_patterns": "more",
+    "tools.run.*.cell.mode": ("fresh", "pooled"),
+    "tools.run.*.cell.runtime": ("runsc", "runc"),
+    "tools.run.*.cell.cells": "smaller",
+    "tools.run.*.cell.preload": "fewer",
+    "tools.run.*.cell.calls_per_cell": "smaller",
+    "tools.run.*.cell.limits.wall_s": "smaller",
+    "tools.run.*.cell.limits.memory_mib": "smaller",
+    "tools.run.*.cell.limits.pids": "smaller",
+    "tools.run.*.cell.limits.cpus": "smaller",
+    "tools.run.*.cell.limits.tmpfs_mib": "smaller",
+    "tools.run.*.cell.limits.output_kib": "smaller",
+    "tools.run.*.cell.limits.flood_mib": "smaller",
+    "tools.freeze_above.refused_share": "smaller",
+    "tools.freeze_above.contained_share": "smaller",
+    "data.sources": "fewer",
+    # Whatever shares 13 words with an evaluation text shares 8 of them too.
+    "data.overlap_ngram": "smaller",
+    "data.max_own_share": "smaller",
+    "data.forbidden_in_prompt": "more",
+    "data.kept_share.min": "larger",
+    "data.kept_share.max": "smaller",
+    "data.kept_share.max_change": "smaller",
+    "data.min_mean_gain": "larger",
+    "data.recheck.max_wrong_share": "smaller",
+    "data.freeze_above.quarantined_share": "smaller",
+    "data.freeze_above.of_at_least": "smaller",
+    "updates.lease": "smaller",
+    "updates.monitors.*.min": "larger",
+    "updates.monitors.*.max": "smaller",
+    "updates.monitors.*.threshold": "smaller",
+    "updates.monitors.*.min_change": "smaller",
+    "promotion.panel.*.min": "larger",
+    "promotion.panel.*.max": "smaller",
+    "promotion.panel.*.max_gain": "smaller",
+    "promotion.panel.*.max_loss": "smaller",
+    "freeze.on_trip": ("freeze", "skip"),
+    "freeze.skip_at_most.updates": "smaller",
+    "freeze.skip_at_most.per": "larger",
+    # However a frozen loop ends, nothing goes on before a named person lets it.
+    "freeze.when_frozen": "neutral",
+    "freeze.running_calls": ("kill", "drain"),
+    "audit.reserve_mib": "larger",
+}
+
+_NAMED = (("tools", "run"), ("updates", "monitors"), ("promotion", "panel"))
+"""Sections whose entries have names of their own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One difference in what two policies let happen."""
+
+    where: str
+    old: Any
+    new: Any
+    direction: Direction
+
+    def __str__(self) -> str:
+        return f"{self.direction}: {self.where} from {_shown(self.old)} to {_shown(self.new)}"
+
+
+def compare(old: GuardPolicy, new: GuardPolicy) -> Direction:
+    """Whether `new` lets at most happen what `old` does (`tightened`), just that (`same`), or perhaps more."""
+    directions = {change.direction for change in changes(old, new)}
+    if "loosened" in directions:
+        return "loosened"
+    return "tightened" if "tightened" in directions else "same"
+
+
+def changes(old: GuardPolicy, new: GuardPolicy) -> list[Change]:
+    """Every difference between two policies in what they let happen."""
+    before, after = _effective(old), _effective(new)
+    found = [*_tools(before["tools"]["run"], after["tools"]["run"])]
+    # A tool that only one of them lets run has been said; only of tools in both can the conditions be compared.
+    for tool in before["tools"]["run"].keys() ^ after["tools"]["run"].keys():
+        before["tools"]["run"].pop(tool, None)
+        after["tools"]["run"].pop(tool, None)
+    was, now = dict(_leaves(before)), dict(_leaves(after))
+    for where in sorted(was.keys() | now.keys()):
+        a, b = was.get(where), now.get(where)
+        if a != b:
+            found.append(Change(where=".".join(where), old=a, new=b, direction=_direction(_order(where), a, b)))
+    return found
+
+
+def _tools(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
+    for tool in sorted(before.keys() - after.keys()):
+        yield Change(where=f"tools.run.{tool}", old="run", new="deny", direction="tightened")
+    for tool in sorted(after.keys() - before.keys()):
+        yield Change(where=f"tools.run.{tool}", old="deny", new="run", direction="loosened")
+
+
+def _effective(policy: GuardPolicy) -> dict[str, Any]:
+    """The policy by what it lets happen; entries of lists under their names."""
+    said = policy.model_dump(mode="json")
+    rules = said["tools"].pop("rules")
+    denied = {rule["tool"] for rule in rules if rule["then"] == "deny"}
+    said["tools"]["run"] = {
+        rule["tool"]: {
+            "max_code_bytes": rule["max_code_bytes"],
+            "refuse_patterns": rule["refuse_patterns"],
+            "cell": said["sandbox"]["profiles"][rule["sandbox"]],
+        }
+        for rule in rules
+        if rule["then"] == "run" and rule["tool"] not in denied
+    }
+    del said["sandbox"]
+    monitors = said["updates"]["monitors"]
+    said["updates"]["monitors"] = {f"{monitor['kind']} {monitor['metric']}": monitor for monitor in monitors}
+    said["promotion"]["panel"] = {metric["metric"]: metric for metric in said["promotion"]["panel"]}
+    # Not to skip at all is the tightest way of skipping.
+    said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
+    return said
+
+
+def _leaves(section: dict[str, Any], inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*inside, key))
+        else:
+            yield (*inside, key), value
+
+
+def _order(where: tuple[str, ...]) -> Order | tuple[str, ...]:
+    steps = (*where[:2], "*", *where[3:]) if where[:2] in _NAMED else where
+    return _ORDER.get(".".join(steps), "any")
+
+
+def _direction(order: Order | tuple[str, ...], old: Any, new: Any) -> Direction:
+    """Which way a value went; whatever is not clearly tighter is looser."""
+    if order == "neutral" or (order in ("fewer", "more") and set(old) == set(new)):
+        return "same"
+    return "tightened" if _tighter(order, old, new) else "loosened"
+
+
+def _tighter(order: Order | tuple[str, ...], old: Any, new: Any) -> bool:
+    if isinstance(order, tuple):
+        return order.index(new) < order.index(old)
+    if old is None or new is None:
+        return old is None
+    match order:
+        case "smaller":
+            return bool(new < old)
+        case "larger":
+            return bool(new > old)
+        case "fewer":
+            return set(new) < set(old)
+        case "more":
+            return set(new) > set(old)
+        case _:
+            return False
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else str(value)

@@ -1,0 +1,300 @@
+"""Say what is wrong with a policy in sentences: from pydantic's errors to findings with a place and a way out.
+
+Also the two lists of keys that people look for and that are not there: what a cell never has, and what no code
+enforces yet.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+
+from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_you_mean, dotted, shown
+from loopguard.policy.schema import CellLimits, GuardPolicy, Profile, Sandbox, ToolRule, Tools, missing_profiles
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
+
+    from loopguard.policy.source import Source, Spot
+
+Section = type[BaseModel]
+Placed = tuple["Spot", str]
+
+NEVER: dict[str, str] = {
+    **dict.fromkeys(("network", "network_mode", "networks", "net", "egress", "dns", "extra_hosts"), "a network"),
+    **dict.fromkeys(("ports", "publish", "expose", "links"), "a network"),
+    **dict.fromkeys(("privileged", "sudo", "no_new_privileges", "allow_privilege_escalation"), "privileges"),
+    **dict.fromkeys(("capabilities", "cap_add", "caps", "caps_add", "cap_drop", "caps_drop"), "capabilities"),
+    **dict.fromkeys(("binds", "bind", "volumes", "volume", "volumes_from", "mounts", "mount"), "files of the host"),
+    **dict.fromkeys(("docker_socket", "socket", "workdir", "working_dir"), "files of the host"),
+    **dict.fromkeys(("devices", "device", "gpus", "gpu", "device_requests"), "devices of the host"),
+    **dict.fromkeys(("user", "group_add", "root", "uid"), "another user than the one LoopGuard picks for each call"),
+    **dict.fromkeys(("pid", "pid_mode", "ipc", "ipc_mode", "uts", "uts_mode"), "namespaces of the host"),
+    **dict.fromkeys(("userns", "userns_mode", "cgroupns", "cgroup_parent"), "namespaces of the host"),
+    **dict.fromkeys(("seccomp", "apparmor", "security_opt", "sysctls"), "a security profile other than LoopGuard's"),
+    **dict.fromkeys(
+        ("read_only", "readonly", "read_only_rootfs", "writable"), "a root file system that can be written"
+    ),
+    **dict.fromkeys(("swap", "memory_swap", "memswap_limit", "oom_kill_disable"), "memory beyond their limit"),
+    **dict.fromkeys(("env", "environment", "env_file", "secrets"), "environment variables or secrets of the host"),
+    **dict.fromkeys(("entrypoint", "command", "init", "restart"), "another first process than LoopGuard's supervisor"),
+}
+"""Keys that are refused wherever cells and tools are described, and what a cell never has."""
+
+_ABOUT_CELLS: tuple[Section, ...] = (GuardPolicy, Tools, ToolRule, Sandbox, Profile, CellLimits)
+
+NOT_YET: dict[Where, frozenset[str]] = {
+    (): frozenset({"anchors", "approvals", "backtest", "budgets", "capabilities", "defaults", "extends", "override"})
+    | frozenset({"people", "policy", "probation", "resume", "service", "triage", "waivers"}),
+    ("tools",): frozenset({"budgets", "calls_per_cycle"}),
+    ("tools", "rules"): frozenset({"approval", "args", "calls_per_cycle", "match", "mode", "on_freeze", "until"}),
+    ("sandbox",): frozenset({"floor"}),
+    ("data",): frozenset({"max_self_generated", "near_duplicates", "quarantine", "release", "require"}),
+    ("updates",): frozenset({"budgets", "expect"}),
+    ("promotion",): frozenset({"approvals", "artifact", "budgets", "gates"}),
+    ("freeze",): frozenset({"budgets", "scope", "triage"}),
+    ("audit",): frozenset({"anchors", "checkpoint", "dir", "disk", "redact", "retain", "rotate", "sign", "sinks"}),
+}
+"""Keys that a later LoopGuard may read, by section. Accepting them now would promise what nothing keeps."""
+
+_TYPES = {
+    "string": "text",
+    "int": "a whole number",
+    "float": "a number",
+    "tuple": "a list",
+    "dict": "a mapping",
+    "model": "a mapping",
+}
+
+_LIMITS = {
+    "greater_than": ("more than", "gt"),
+    "greater_than_equal": ("at least", "ge"),
+    "less_than": ("less than", "lt"),
+    "less_than_equal": ("at most", "le"),
+    "string_too_long": ("at most", "max_length"),
+}
+
+
+def findings(error: ValidationError, source: Source) -> list[Finding]:
+    """What is wrong with the meaning of a policy, each with its place in the file."""
+    placed = [each for detail in error.errors() for each in _sentences(detail, source)]
+    # pydantic looks at the whole only once every part is sound; a misspelt profile should not wait for that.
+    placed += [each for each in _misspelt_profiles(source) if each not in placed]
+    return [
+        Finding(path=source.path, message=sentence, line=spot.line, column=spot.column) for spot, sentence in placed
+    ]
+
+
+def spot_of(where: Where, source: Source) -> Spot:
+    """Where a place stands; of one that is not written, the nearest section around it."""
+    while where and where not in source.spots:
+        where = where[:-1]
+    return source.spots[where]
+
+
+def _sentences(detail: ErrorDetails, source: Source) -> Iterator[Placed]:
+    where, _ = _resolve(detail["loc"])
+    cause = detail.get("ctx", {}).get("error")
+    if detail["type"] == "extra_forbidden":
+        yield _unknown_key(where, source)
+    elif isinstance(cause, PlacedProblemsError):
+        for inner, tail in cause.problems:
+            yield from _said((*where, *inner), tail, source)
+    elif detail["type"] == "union_tag_not_found":
+        yield from _said((*where, "kind"), "is missing: the monitor, bounds or jump", source)
+    elif detail["type"] == "missing":
+        yield from _said(where, f"is missing: {_meaning(where)}", source)
+    elif detail["type"] == "union_tag_invalid":
+        where = (*where, "kind")
+        yield from _said(where, _tail(detail, _value(where, source), source.spots[where].quoted), source)
+    else:
+        spot = source.spots.get(where)
+        yield from _said(where, _tail(detail, _value(where, source), spot is not None and spot.quoted), source)
+
+
+def _said(where: Where, tail: str, source: Source) -> Iterator[Placed]:
+    """The sentence, unless the reader has already complained about this place."""
+    if not any(where[: len(broken)] == broken for broken in source.broken):
+        yield spot_of(where, source), f"{dotted(where) or 'the policy'} {tail}"
+
+
+def _tail(detail: ErrorDetails, value: Any, quoted: bool) -> str:  # noqa: FBT001 - one caller, beside it
+    """What comes after the place: what it is, what was expected, and the nearest right answer."""
+    kind, context = detail["type"], detail.get("ctx", {})
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("literal_error", "union_tag_invalid"):
+        options = re.findall(r"'([^']+)'", str(context.get("expected", context.get("expected_tags", ""))))
+        expected = f"one of {', '.join(options)}" if len(options) > 1 else options[0]
+        return f"is {shown(value)}; expected {expected}{did_you_mean(str(value), options)}"
+    if kind in ("string_too_short", "too_short"):
+        return "is empty; expected something"
+    if kind == "string_too_long":
+        return f"has {len(value)} characters; expected at most {context['max_length']}"
+    if kind in _LIMITS:
+        word, key = _LIMITS[kind]
+        return f"is {shown(value)}; expected {word} {context[key]:g}"
+    expected = _TYPES.get(kind.split("_")[0], "")
+    if not expected:
+        return f"is {shown(value)}; {detail['msg']}"
+    return f"is {shown(value)}; expected {expected}{_hint(value, expected, quoted)}"
+
+
+def _hint(value: Any, expected: str, quoted: bool) -> str:  # noqa: FBT001 - one caller, above
+    """The fix for a value of the wrong type, where one is likely."""
+    if expected == "text" and isinstance(value, (bool, int, float)):
+        return ". Put it in quotes"
+    if expected == "a list" and isinstance(value, str):
+        return f", such as [{value}]" if re.fullmatch(r"[\w.-]+", value) else ""
+    if expected == "a whole number" and isinstance(value, float) and value.is_integer():
+        return f". Write {int(value)}"
+    if "number" not in expected or not isinstance(value, str):
+        return ""
+    if quoted and re.fullmatch(r"-?[0-9.]+", value):
+        return ". Take the quotes off"
+    if re.fullmatch(r"0[0-7]+", value):
+        return f". A leading zero means octal to some readers; write {value.lstrip('0') or '0'} or {int(value, 8)}"
+    if percent := re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?%", value):
+        return f". Write {float(percent[1]) / 100:.12g}"
+    if re.match(r"[-+.]?[0-9.]|[-+]?\.?(inf|nan)", value, re.IGNORECASE):
+        return ", written as in JSON: 8, 0.5 or 1e-3"
+    return ""
+
+
+def _unknown_key(where: Where, source: Source) -> Placed:
+    spot, parent, key = source.spots[where], where[:-1], str(where[-1])
+    key_spot = type(spot)(spot.key_line, spot.key_column, spot.key_line, spot.key_column)
+    prefix = f"{dotted(parent)}: " if parent else ""
+    return key_spot, f"{prefix}{_about_key(key, parent, _section(parent, source))}"
+
+
+def _about_key(key: str, parent: Where, section: Section | None) -> str:
+    names = tuple(step for step in parent if isinstance(step, str))
+    if key in NOT_YET.get(names, ()):
+        return f"no code enforces {'.'.join((*names, key))!r} yet; take it out"
+    known = _keys(section)
+    near = did_you_mean(key, known)
+    if key in NEVER and section in _ABOUT_CELLS:
+        # Only among the limits is such a key more likely a slip (pid for pids) than a wish.
+        return (
+            f"LoopGuard cells never have {NEVER[key]}; there is no switch for it{near if section is CellLimits else ''}"
+        )
+    if near:
+        return f"unknown key {key!r}{near}"
+    if homes := [home for home in _homes(GuardPolicy) if home.rpartition(".")[2] == key]:
+        return f"unknown key {key!r} here; it belongs at {' or '.join(homes)}, so check the indentation"
+    return f"unknown key {key!r}; expected one of {', '.join(known)}"
+
+
+def _misspelt_profiles(source: Source) -> Iterator[Placed]:
+    """Rules that name a profile which is not there, also where other parts of the policy are not sound."""
+    rules, profiles = _value(("tools", "rules"), source), _value(("sandbox", "profiles"), source)
+    if not isinstance(rules, list) or not isinstance(profiles, dict):
+        return
+    named = [
+        (("tools", "rules", i, "sandbox"), rule.get("sandbox"))
+        for i, rule in enumerate(rules)
+        if isinstance(rule, dict)
+    ]
+    for where, tail in missing_profiles(named, list(profiles)):
+        yield from _said(where, tail, source)
+
+
+def _value(where: Where, source: Source) -> Any:
+    value = source.data
+    for step in where:
+        try:
+            value = value[step]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+# Finding the section that a place of pydantic's leads to, from the annotations of the models.
+
+
+def _resolve(loc: tuple[str | int, ...]) -> tuple[Where, Any]:
+    """The place without the tags that pydantic adds for unions, and what is annotated there."""
+    where: list[str | int] = []
+    here: Any = GuardPolicy
+    for step in loc:
+        if tagged := _tagged(here):
+            here = tagged.get(str(step))
+        else:
+            here = _inside(here, step)
+            where.append(step)
+    return tuple(where), here
+
+
+def _section(where: Where, source: Source) -> Section | None:
+    """The model of the section at a place."""
+    here: Any = GuardPolicy
+    for i, step in enumerate(where):
+        here = _inside(here, step)
+        if tagged := _tagged(here):
+            here = tagged.get(str(_value((*where[: i + 1], "kind"), source)))
+    return here if isinstance(here, type) and issubclass(here, BaseModel) else None
+
+
+def _inside(annotation: Any, step: str | int) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        fields = {field.alias or key: field for key, field in annotation.model_fields.items()}
+        return _plain(fields[str(step)].annotation) if step in fields else None
+    arguments = get_args(annotation)
+    return _plain(arguments[0 if get_origin(annotation) is tuple else 1]) if len(arguments) > 1 else None
+
+
+def _plain(annotation: Any) -> Any:
+    """An annotation without its metadata and without None."""
+    if get_origin(annotation) is Annotated:
+        return _plain(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [each for each in get_args(annotation) if each is not type(None)]
+        return _plain(rest[0]) if len(rest) == 1 else annotation
+    return annotation
+
+
+def _tagged(annotation: Any) -> dict[str, Section]:
+    """The sections of a union by the `kind` that each of them has; empty for anything else."""
+    if get_origin(annotation) not in (Union, types.UnionType):
+        return {}
+    return {get_args(each.model_fields["kind"].annotation)[0]: each for each in get_args(annotation)}
+
+
+def _keys(section: Section | None) -> list[str]:
+    return [field.alias or key for key, field in section.model_fields.items()] if section else []
+
+
+def _meaning(where: Where) -> str:
+    """What the required key at a place says, from the description of its field."""
+    _, section = _resolve(where[:-1])
+    for each in [section, *_tagged(section).values()]:
+        field = getattr(each, "model_fields", {}).get(where[-1])
+        if field is not None and field.description:
+            return str(field.description)
+    return "it has no default"
+
+
+def _homes(section: Section, prefix: str = "") -> Iterator[str]:
+    """Every key of a policy, with the section it stands in."""
+    for key, field in section.model_fields.items():
+        name = f"{prefix}{field.alias or key}"
+        yield name
+        yield from _homes_inside(_plain(field.annotation), name)
+
+
+def _homes_inside(annotation: Any, name: str) -> Iterator[str]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield from _homes(annotation, f"{name}.")
+    elif get_origin(annotation) is tuple:
+        yield from _homes_inside(_plain(get_args(annotation)[0]), f"{name}[]")
+    elif get_origin(annotation) is dict:
+        yield from _homes_inside(_plain(get_args(annotation)[1]), f"{name}.NAME")
+    for each in _tagged(annotation).values():
+        yield from _homes(each, f"{name}.")

@@ -1,0 +1,104 @@
+"""Load, check and find guard policies.
+
+`load` gives a policy or raises PolicyError with every problem in it; `check` gives problems or lints as a list.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import ValidationError
+
+from loopguard.errors import PolicyError
+from loopguard.policy import explain, source
+from loopguard.policy.findings import Finding, did_you_mean
+from loopguard.policy.lint import lints
+from loopguard.policy.schema import GuardPolicy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedPolicy:
+    """A policy as it was read from a file, once. Later edits of the file have no effect on it."""
+
+    policy: GuardPolicy
+    digest: str
+    """SHA-256 of what the policy means: equal for files that differ in comments, key order or formatting only."""
+    text: str
+    """What the file said."""
+    path: str
+
+
+def load(path: Path) -> LoadedPolicy:
+    """Load a guard policy. Raises PolicyError, which names every problem with its line and column."""
+    read = source.read(path)
+    policy, problems = _judge(read)
+    if policy is None:
+        raise PolicyError([str(problem) for problem in problems])
+    return LoadedPolicy(policy=policy, digest=digest(policy), text=read.text, path=str(path))
+
+
+def check(path: Path) -> list[Finding]:
+    """Everything that can be said about a policy file: errors where it does not load, else lints. Raises nothing."""
+    read = source.read(path)
+    policy, problems = _judge(read)
+    if policy is None:
+        return problems
+    return _sorted(
+        Finding(path=read.path, message=message, line=spot.line, column=spot.column, level="lint")
+        for where, message in lints(policy)
+        for spot in [explain.spot_of(where, read)]
+    )
+
+
+def _judge(read: source.Source) -> tuple[GuardPolicy | None, list[Finding]]:
+    """The policy, or None with everything that is wrong with it."""
+    problems = list(read.findings)
+    policy = None
+    if read.readable:
+        try:
+            # As JSON, since strict models take lists for tuples there and nowhere else.
+            policy = GuardPolicy.model_validate_json(json.dumps(read.data))
+        except ValidationError as error:
+            problems += explain.findings(error, read)
+    return (None, _sorted(problems)) if problems else (policy, [])
+
+
+def _sorted(findings: Iterable[Finding]) -> list[Finding]:
+    return sorted(findings, key=lambda finding: (finding.line or 0, finding.column or 0))
+
+
+def digest(policy: GuardPolicy) -> str:
+    """SHA-256 of the policy as canonical JSON: keys sorted, defaults filled in, units resolved."""
+    return hashlib.sha256(canonical(policy).encode("utf-8")).hexdigest()
+
+
+def canonical(policy: GuardPolicy) -> str:
+    """The effective policy as JSON text with one spelling."""
+    return json.dumps(
+        policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
+
+
+def shipped(name: str) -> Path:
+    """The policy of that name among those that come with LoopGuard, such as `default` or `toolformer`."""
+    known = {path.stem: path for home in _homes() for path in sorted(home.glob("*.yaml"))}
+    if name not in known:
+        names = ", ".join(sorted(known)) or "none"
+        raise PolicyError(
+            [f"no policy named {name!r} comes with LoopGuard; there is {names}{did_you_mean(name, known)}"]
+        )
+    return known[name]
+
+
+def _homes() -> list[Path]:
+    """Where shipped policies are: beside the package in a checkout, inside it once installed."""
+    package = Path(__file__).resolve().parent.parent
+    installed = package / "_shipped" / "policies"
+    return [installed] if installed.is_dir() else [package.parent / "policies"]

@@ -1,0 +1,451 @@
+"""What a guard policy may say: one model for each section, strict, frozen and without a key that does nothing.
+
+A model that exists is valid in itself and as a whole, however it was made: whatever one key asks of another is checked
+by `problems` of the section that holds both. Field descriptions are what a person reads when a required key is missing.
+
+There is no key for a network, privileges, host files or another user, and none may be added: a cell never has them.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from fractions import Fraction
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from loopguard.policy import units
+from loopguard.policy.findings import PlacedProblemsError, Where, did_you_mean, shown
+from loopguard.types import Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from typing import Self
+
+Problem = tuple[Where, str]
+"""A place relative to the section, and what comes after it in the sentence: `(("id",), "is 'a b'; expected ...")`."""
+
+
+def duration(at_least: str, at_most: str) -> BeforeValidator:
+    """Seconds, as a float, from a duration with its unit."""
+    low, high = units.duration_s(at_least), units.duration_s(at_most)
+
+    def read(written: object) -> float:
+        amount = units.duration_s(written)
+        if not low <= amount <= high:
+            raise ValueError(f"is {written!r}; expected {at_least} to {at_most}")
+        return float(amount)
+
+    return BeforeValidator(read)
+
+
+def size(unit: str, at_least: str, at_most: str) -> BeforeValidator:
+    """A whole number of `unit` from a size with its unit."""
+    low, high = units.size_kib(at_least), units.size_kib(at_most)
+
+    def read(written: object) -> int:
+        amount = units.size_kib(written)
+        if not low <= amount <= high:
+            raise ValueError(f"is {written!r}; expected {at_least} to {at_most}")
+        whole = amount / units.SIZES[unit]
+        if whole.denominator != 1:
+            above = units.write(Fraction(-(-whole // 1)) * units.SIZES[unit], units.SIZES)
+            raise ValueError(f"is {written!r}; expected a whole number of {unit}, such as {above}")
+        return int(whole)
+
+    return BeforeValidator(read)
+
+
+def name(pattern: str, kind: str, example: str) -> BeforeValidator:
+    """Text that people and files can carry: a word of a kind, named by an example."""
+
+    def read(written: object) -> object:
+        if isinstance(written, str) and not re.fullmatch(pattern, written, re.ASCII):
+            raise ValueError(f"is {shown(written)}; expected {kind}, such as {example}")
+        return written
+
+    return BeforeValidator(read)
+
+
+_IDENTIFIER = r"[a-z0-9][a-z0-9_-]{0,63}"
+Identifier = Annotated[str, name(_IDENTIFIER, "small letters, digits, '-' and '_'", "'offline'")]
+PolicyName = Annotated[str, name(r"[a-z0-9][a-z0-9._-]{0,63}", "small letters, digits, '.', '-' and '_'", "'calc'")]
+ToolName = Annotated[str, name(r"[A-Za-z0-9][\w.:-]{0,63}", "the name of a tool", "'python'")]
+MetricName = Annotated[str, name(r"[A-Za-z0-9][\w./-]{0,63}", "the name of a metric", "'correct'")]
+Module = Annotated[str, name(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python module", "'numpy'")]
+Image = Annotated[
+    str,
+    name(
+        r"[a-z0-9][a-z0-9._/:-]{0,180}(:[\w][\w.-]{0,127}|@sha256:[0-9a-f]{64})",
+        "an image with its tag or digest",
+        "'loopguard/python:1'",
+    ),
+]
+Text = Annotated[str, Field(min_length=1, max_length=500)]
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class Section(BaseModel):
+    """Base of everything below: unknown keys, other types and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        if problems := list(self.problems()):
+            raise PlacedProblemsError(problems)
+        return self
+
+    def problems(self) -> Iterable[Problem]:
+        """What is wrong between the keys of this section."""
+        return ()
+
+
+class ToolRule(Section):
+    """What becomes of the calls of one tool."""
+
+    id: Identifier = Field(description="the name under which the audit log records what this rule decided")
+    tool: ToolName = Field(description="the tool it is about, by its exact name")
+    then: Literal["run", "deny"] = Field(description="what becomes of a call: run or deny")
+    sandbox: Identifier | None = None
+    max_code_bytes: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
+    refuse_patterns: tuple[Text, ...] = ()
+
+    def problems(self) -> Iterator[Problem]:
+        """`run` needs a sandbox, `deny` takes no conditions, patterns are regular expressions that can be wrong."""
+        if self.then == "run" and self.sandbox is None:
+            yield ("sandbox",), "is missing: a rule with `then: run` names the profile that its calls run in"
+        if self.then == "deny":
+            for key in sorted(self.model_fields_set & {"sandbox", "max_code_bytes", "refuse_patterns"}):
+                yield (key,), "has no meaning with `then: deny`, which refuses every call of the tool; take it out"
+        yield from _twice(self.refuse_patterns, ("refuse_patterns",))
+        for i, pattern in enumerate(self.refuse_patterns):
+            if fault := _pattern_fault(pattern):
+                yield ("refuse_patterns", i), f"is {shown(pattern)}; {fault}"
+
+
+class ToolFreeze(Section):
+    """When the tool gate freezes the loop. A share counts against `of_last_calls` also while fewer calls were made."""
+
+    refused_share: PositiveShare = Field(description="share of calls refused by a rule, above which the loop freezes")
+    contained_share: PositiveShare = Field(description="share of calls that ran into a wall of the sandbox; 1 is never")
+    of_last_calls: Count = 200
+
+
+class Tools(Section):
+    """The tool gate: which calls run, and where."""
+
+    default: Literal["deny"] = "deny"
+    rules: tuple[ToolRule, ...] = Field(description="which tools may run; what no rule lets run is refused")
+    freeze_above: ToolFreeze | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Ids are unique, a tool runs in one sandbox, and something may run at all."""
+        yield from _twice([rule.id for rule in self.rules], ("rules",), "id")
+        running: dict[str, str] = {}
+        for i, rule in enumerate(self.rules):
+            if rule.then == "run" and rule.tool in running:
+                tail = f"is {rule.tool!r}, which rule {running[rule.tool]!r} already lets run; a tool has one sandbox"
+                yield ("rules", i, "tool"), f"{tail}, so keep one of the two"
+            elif rule.then == "run":
+                running[rule.tool] = rule.id
+        denied = {rule.tool: rule.id for rule in self.rules if rule.then == "deny"}
+        if not running:
+            yield ("rules",), "let nothing run; add a rule with `then: run` and a `sandbox`"
+        elif not running.keys() - denied.keys():
+            takers = ", ".join(sorted(repr(denied[tool]) for tool in running))
+            yield ("rules",), f"let nothing run, since a deny always wins; take out {takers}"
+
+
+class CellLimits(Section):
+    """What one call may use. A call that reaches a limit ends there, with an outcome that says which."""
+
+    wall_s: Annotated[float, duration("10ms", "24h")] = Field(default=5.0, alias="wall")
+    memory_mib: Annotated[int, size("MiB", "16MiB", "1024GiB")] = Field(default=256, alias="memory")
+    pids: Annotated[int, Field(ge=1, le=32768)] = 64
+    cpus: Annotated[float, Field(ge=0.01, le=1024)] = 1.0
+    tmpfs_mib: Annotated[int, size("MiB", "1MiB", "1024GiB")] = Field(default=64, alias="tmpfs")
+    output_kib: Annotated[int, size("KiB", "1KiB", "64MiB")] = Field(default=64, alias="output")
+    flood_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=16, alias="flood")
+
+    def to_limits(self) -> Limits:
+        """The same limits as the sandbox takes them."""
+        return Limits(
+            wall_s=self.wall_s,
+            memory_mib=self.memory_mib,
+            pids=self.pids,
+            cpus=self.cpus,
+            tmpfs_mib=self.tmpfs_mib,
+            output_kib=self.output_kib,
+            flood_mib=self.flood_mib,
+        )
+
+
+class Profile(Section):
+    """A kind of cell that rules can send calls to."""
+
+    image: Image = Field(description="the image that cells start from, with its tag or digest")
+    mode: Literal["fresh", "pooled"] = "pooled"
+    runtime: Literal["runc", "runsc"] = "runc"
+    cells: Annotated[int, Field(ge=1, le=1024)] = 2
+    preload: tuple[Module, ...] = ()
+    calls_per_cell: Annotated[int, Field(ge=1, le=50_000)] = 500
+    limits: CellLimits = CellLimits()
+
+    def problems(self) -> Iterator[Problem]:
+        """Modules are named once; a cell that serves one call has no number of calls."""
+        yield from _twice(self.preload, ("preload",))
+        if self.mode == "fresh" and "calls_per_cell" in self.model_fields_set:
+            yield ("calls_per_cell",), "has no meaning with `mode: fresh`, which takes a new cell for each call"
+
+
+class Sandbox(Section):
+    """Where tool calls run."""
+
+    profiles: dict[str, Profile] = Field(description="the kinds of cells, by name")
+
+    def problems(self) -> Iterator[Problem]:
+        """Profiles have names that rules can write."""
+        for profile in self.profiles:
+            if not re.fullmatch(_IDENTIFIER, profile):
+                yield ("profiles", profile), "is no name for a profile; use small letters, digits, '-' and '_'"
+        if not self.profiles:
+            yield ("profiles",), "is empty; describe at least one kind of cell"
+
+
+class KeptShare(Section):
+    """Which share of its own proposals the loop may keep as training data."""
+
+    min: Share = Field(description="the smallest share that is still believable")
+    max: Share = Field(description="the largest share that is still believable")
+    max_change: Annotated[float, Field(gt=0, le=1000)] = Field(
+        description="the largest change against the last promoted cycle, relative and in both directions"
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """The range is one."""
+        yield from _range(self.min, self.max)
+
+
+class Recheck(Section):
+    """A sample of the kept records whose claims are run again, independently of the loop."""
+
+    sample: Count = Field(description="how many records are checked in each cycle")
+    max_wrong_share: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="share of the sample that may turn out wrong before the loop freezes"
+    )
+
+
+class DataFreeze(Section):
+    """When the data gate freezes the loop."""
+
+    quarantined_share: PositiveShare = Field(description="share of records at fault, above which the loop freezes")
+    of_at_least: Count = Field(description="how many records a cycle must have for the share to count")
+
+
+class Data(Section):
+    """The data gate: what may become training data."""
+
+    sources: tuple[Literal["human", "model"], ...] = Field(description="whose records may be trained on: human, model")
+    overlap_ngram: Annotated[int, Field(ge=2, le=1000)] = 13
+    max_own_share: Share = 0.5
+    forbidden_in_prompt: tuple[Text, ...] = ()
+    kept_share: KeptShare | None = None
+    min_mean_gain: Annotated[float, Field(ge=-1000, le=1000)] | None = None
+    recheck: Recheck | None = None
+    freeze_above: DataFreeze | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Somebody's records are let in, and a cap does not contradict that."""
+        if not self.sources:
+            yield ("sources",), "is empty, so that nothing could be trained on; expected human, model or both"
+        yield from _twice(self.sources, ("sources",))
+        yield from _twice(self.forbidden_in_prompt, ("forbidden_in_prompt",))
+        if "model" in self.sources and self.max_own_share == 0:
+            yield ("max_own_share",), "is 0, so that nothing of the model is admitted; take 'model' out of data.sources"
+
+
+class BoundsRule(Section):
+    """A metric that must be a finite number inside its domain. Trips at once, so the update is withheld in time."""
+
+    kind: Literal["bounds"] = Field(description="the monitor: bounds or jump")
+    metric: Literal["loss", "grad_norm"] = Field(description="what it watches: loss or grad_norm")
+    min: float | None = None
+    max: float | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """The domain is one."""
+        yield from _range(self.min, self.max)
+
+
+class JumpRule(Section):
+    """A metric that must not leave its recent level suddenly, upwards or downwards."""
+
+    kind: Literal["jump"] = Field(description="the monitor: bounds or jump")
+    metric: Literal["loss", "grad_norm"] = Field(description="what it watches: loss or grad_norm")
+    threshold: Annotated[float, Field(gt=0, le=1000)] = 6.0
+    min_change: Annotated[float, Field(ge=0, le=1000)] = 0.25
+    window: Annotated[int, Field(ge=8, le=100_000)] = 40
+    confirm: Count = 5
+    warmup: Annotated[int, Field(ge=8, le=1_000_000)] = 64
+
+    def problems(self) -> Iterator[Problem]:
+        """The level is estimated from more readings than those that are compared with it."""
+        if self.confirm > self.window:
+            yield ("confirm",), f"is {self.confirm}, more than the window of {self.window}; 5 is usual"
+
+
+MonitorRule = Annotated[BoundsRule | JumpRule, Field(discriminator="kind")]
+
+
+class Updates(Section):
+    """The update gate: which optimizer steps may move the weights."""
+
+    loss_kind: Literal["discrete", "density", "surrogate"] = Field(
+        description="discrete (cross-entropy, never below zero), density, or surrogate (policy gradient)"
+    )
+    lease: Annotated[int, Field(ge=1, le=65536)] = 64
+    monitors: tuple[MonitorRule, ...] = Field(description="what watches the loss and the gradient")
+
+    def problems(self) -> Iterator[Problem]:
+        """No monitor twice, and the loss is never unwatched."""
+        for i in _repeats([(rule.kind, rule.metric) for rule in self.monitors]):
+            rule = self.monitors[i]
+            yield ("monitors", i), f"watches {rule.metric} with {rule.kind} a second time; keep one of the two"
+        bounds = [i for i, rule in enumerate(self.monitors) if (rule.kind, rule.metric) == ("bounds", "loss")]
+        if not bounds:
+            yield ("monitors",), "let a loss that is not a number pass; add {kind: bounds, metric: loss}"
+        for i in bounds:
+            low = self.monitors[i].min  # type: ignore[union-attr]  # bounds, by the line above
+            if self.loss_kind == "discrete" and low is not None and low < 0:
+                tail = f"is {low:g}, but a discrete loss below zero is a bug; leave min out, or change loss_kind"
+                yield ("monitors", i, "min"), tail
+
+
+class PanelMetric(Section):
+    """One capability, compared with its value at the last promotion. Changes are absolute, in the metric's own unit."""
+
+    metric: MetricName = Field(description="its name, as the loop reports it")
+    good: Literal["up", "down", "none"] = Field(description="which direction is a gain: up, down or none")
+    min: float | None = None
+    max: float | None = None
+    max_gain: Annotated[float, Field(ge=0)] = Field(description="the largest gain that one cycle may bring")
+    max_loss: Annotated[float, Field(ge=0)] = Field(description="the largest loss that one cycle may bring")
+
+    def problems(self) -> Iterator[Problem]:
+        """The domain is one."""
+        yield from _range(self.min, self.max)
+
+
+class Promotion(Section):
+    """The promotion gate: which weights may become the actor."""
+
+    panel: tuple[PanelMetric, ...] = Field(description="the capabilities that a candidate is judged by")
+
+    def problems(self) -> Iterator[Problem]:
+        """Something is measured, and each metric has one rule."""
+        if not self.panel:
+            yield ("panel",), "is empty, so that any weights would be promoted; add at least one metric"
+        yield from _twice([metric.metric for metric in self.panel], ("panel",), "metric")
+
+
+class SkipBudget(Section):
+    """How many batches may be dropped before a trip freezes after all."""
+
+    updates: Count = Field(description="how many updates may be skipped")
+    per: Count = Field(description="among how many updates in a row")
+
+    def problems(self) -> Iterator[Problem]:
+        """Skipping stays the exception."""
+        if self.updates >= self.per:
+            yield ("updates",), f"is {self.updates} per {self.per}, which is every update; expected fewer than `per`"
+
+
+class Freeze(Section):
+    """What a trip of the update gate does, and what a freeze does to a running loop."""
+
+    on_trip: Literal["freeze", "skip"] = "freeze"
+    skip_at_most: SkipBudget | None = None
+    when_frozen: Literal["raise", "wait", "exit"] = "raise"
+    running_calls: Literal["kill", "drain"] = "kill"
+
+    def problems(self) -> Iterator[Problem]:
+        """`skip` has a budget, and only `skip` has one."""
+        if self.on_trip == "skip" and self.skip_at_most is None:
+            yield ("skip_at_most",), "is missing: `on_trip: skip` needs a bound, such as {updates: 2, per: 100}"
+        if self.on_trip == "freeze" and self.skip_at_most is not None:
+            yield ("skip_at_most",), "has no meaning with `on_trip: freeze`; take it out, or write `on_trip: skip`"
+
+
+class Audit(Section):
+    """The audit log."""
+
+    reserve_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=4, alias="reserve")
+
+
+class GuardPolicy(Section):
+    """Everything that a guard policy file says, with the defaults filled in."""
+
+    apiVersion: Literal["loopguard/v1"] = Field(  # noqa: N815 - as it is written in the file
+        description="the version of this format: loopguard/v1"
+    )
+    name: PolicyName = Field(description="what to call this policy in logs and reports")
+    description: Text | None = None
+    tools: Tools = Field(description="the tool gate: which calls run, and where")
+    sandbox: Sandbox = Field(description="the cells that tool calls run in")
+    data: Data = Field(description="the data gate: what may become training data")
+    updates: Updates = Field(description="the update gate: which optimizer steps may move the weights")
+    promotion: Promotion = Field(description="the promotion gate: which weights may become the actor")
+    freeze: Freeze = Freeze()
+    audit: Audit = Audit()
+
+    def problems(self) -> Iterator[Problem]:
+        """Every rule runs its calls in a profile that exists."""
+        wanted = [(("tools", "rules", i, "sandbox"), rule.sandbox) for i, rule in enumerate(self.tools.rules)]
+        yield from missing_profiles(wanted, list(self.sandbox.profiles))
+
+
+def missing_profiles(wanted: Iterable[tuple[Where, Any]], profiles: Sequence[str]) -> Iterator[Problem]:
+    """The rules that name a profile which is not there."""
+    known = ", ".join(sorted(profiles)) or "none"
+    for where, profile in wanted:
+        if isinstance(profile, str) and profile not in profiles:
+            yield where, f"is {shown(profile)}; sandbox.profiles has {known}{did_you_mean(profile, profiles)}"
+
+
+def _range(low: float | None, high: float | None) -> Iterator[Problem]:
+    if low is not None and high is not None and low > high:
+        yield ("min",), f"is {low:g}, above max, which is {high:g}; swap them"
+
+
+def _twice(values: Sequence[str], where: Where, key: str | None = None) -> Iterator[Problem]:
+    for i in _repeats(values):
+        place: Where = (*where, i) if key is None else (*where, i, key)
+        yield place, f"is {shown(values[i])} for a second time; keep one, or give it another name"
+
+
+def _repeats(values: Sequence[object]) -> list[int]:
+    """Positions of values that stood there before."""
+    seen: Counter[object] = Counter()
+    repeats = []
+    for i, value in enumerate(values):
+        if seen[value]:
+            repeats.append(i)
+        seen[value] += 1
+    return repeats
+
+
+def _pattern_fault(pattern: str) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            compiled = re.compile(pattern)
+    except re.error as error:
+        return f"not a regular expression: {error}"
+    except (Warning, OverflowError, RecursionError) as error:
+        return f"not a regular expression with one meaning: {error or type(error).__name__}"
+    return "it matches empty text, so that every call would be refused" if compiled.search("") else ""

@@ -1,0 +1,371 @@
+"""Whether weights may change right now, and how that survives anything.
+
+Frozen means: the latch file is there, or the audit log says so, or the cache beside them contradicts the log. Stopping
+is cheap and open to anyone; going on takes a logged resume with a name and a reason, and nothing else removes the latch.
+
+This module needs neither torch nor pydantic, so that `status`, `freeze` and `resume` answer at once from any terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from loopguard.audit import read
+from loopguard.errors import LoopFrozen, UsageError
+from loopguard.snapshots import replace_durably, sync_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from loopguard.audit.events import Entry
+    from loopguard.audit.log import AuditLog
+    from loopguard.types import Decision, Signal
+
+CONTROLLER = "controller"
+"""The stream of the process that owns the run."""
+
+RequestKind = Literal["freeze", "resume", "note"]
+_TURNS = ("freeze.entered", "resume.applied")
+_NEXT = ("resume (rolls back and goes on)", "read the report")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """Where a run stands, as the files of its directory tell it."""
+
+    run: str
+    frozen: bool
+    freeze: str | None
+    reason: str
+    since: str | None
+    """When the freeze was entered, RFC 3339."""
+    acknowledged: bool
+    """False while the latch is set but no owner has recorded the freeze yet."""
+    epoch: int
+    cycle: int | None
+    """The last promoted cycle."""
+    owner_pid: int | None
+    """The living process that owns the run."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A wish from outside the process that owns a run. Immutable once it is there."""
+
+    id: str
+    kind: RequestKind
+    by: str
+    reason: str
+    freeze: str | None
+    """The freeze that a resume is meant for; another one is not lifted by it."""
+
+
+class FreezeState:
+    """Whether weights may change right now.
+
+    One state lives as long as the process that owns the run, and survives it: it is read back from the latch and from
+    the audit log. `freeze` stops updates, admission and promotion; only `resume`, with a name and a reason, lets them
+    go on.
+    """
+
+    def __init__(self, run_dir: Path, log: AuditLog) -> None:
+        self._dir = run_dir
+        self._log = log
+        self._latch = run_dir / "latch"
+        turns = [entry for entry in read.entries(run_dir, CONTROLLER) if entry.type in _TURNS]
+        self._count = sum(entry.type == "freeze.entered" for entry in turns)
+        self._freeze, self._reason = _told(turns[-1] if turns else None)
+        if self._latch.exists():
+            self._adopt_latch(turns[-1] if turns else None)
+        elif contradiction := _contradiction(run_dir):
+            self._enter(rule="cache", gate="audit", reason=contradiction)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether anything says frozen: this process, or a latch that somebody set beside it."""
+        return self._freeze is not None or self._latch.exists()
+
+    @property
+    def freeze_id(self) -> str:
+        """The freeze in force, or the empty string."""
+        return self._freeze or ""
+
+    @property
+    def reason(self) -> str:
+        """Why it is frozen, in one sentence, or the empty string."""
+        return self._reason
+
+    def raise_if_frozen(self) -> None:
+        """Raise LoopFrozen where the loop may not go on."""
+        if self.frozen:
+            raise LoopFrozen(self.freeze_id, self.reason)
+
+    def latch(self, reason: str) -> str:
+        """Set the latch, durably, and give the freeze its id. The first reason stays if it is set already."""
+        if self._freeze is None:
+            self._count += 1
+            self._freeze, self._reason = f"f{self._count}", reason
+            set_latch(self._dir, freeze=self._freeze, reason=reason)
+            self._log.epoch += 1
+        return self._freeze
+
+    def freeze(self, decision: Decision, *, cycle: int | None, facts: Mapping[str, Any]) -> str:
+        """Latch and record a freeze; gives its id. `facts` are what else the record should hold.
+
+        Raises AuditWriteError where the record could not be written; the latch and this process are frozen all the same.
+        """
+        return self._enter(
+            gate=decision.gate,
+            rule=decision.rule,
+            reason=decision.reason,
+            cycle=cycle,
+            facts={"signals": [signal_facts(signal) for signal in decision.signals], **facts},
+        )
+
+    def resume(self, *, by: str, reason: str) -> str:
+        """Record that a person lets the loop go on, then remove the latch. Gives the id of the freeze that ended."""
+        ended = self._freeze or ""
+        body = {"freeze": ended, "by": by, "reason": reason, "disposition": "rollback"}
+        self._log.append("resume.applied", body, actor={"kind": "person", "id": by})
+        self._unlatch()
+        self._freeze, self._reason = None, ""
+        self.remember(cycle=None)
+        return ended
+
+    def freeze_unwritable(self, reason: str) -> None:
+        """Freeze although the log takes no records: spend its reserve on a last one, and latch."""
+        self._reason = reason
+        if self._freeze is None:
+            self._count += 1
+            self._freeze = f"f{self._count}"
+        body: dict[str, Any] = {"freeze": self._freeze, "gate": "audit", "rule": "unwritable", "reason": reason}
+        body |= {"epoch": self._log.epoch, "signals": [], "update": None, "restored": None, "capsule": None}
+        try:
+            self._log.append_last("freeze.entered", {**body, "next": list(_NEXT)})
+        finally:
+            set_latch(self._dir, freeze=self._freeze, reason=reason)
+
+    def requests(self) -> Iterator[Request]:
+        """Take in what was asked from outside, oldest first; each request is handed out once, after it was recorded."""
+        for path in sorted((self._dir / "requests").glob("*.json")):
+            request = _read_request(path)
+            if request is None:
+                self._log.append("note.added", {"by": "loopguard", "text": f"{path.name} is not a request; set aside"})
+            else:
+                body = {"request": request.id, "by": request.by, "reason": request.reason, "freeze": request.freeze}
+                self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
+                yield request
+            _set_aside(path)
+
+    def take_requests(self) -> None:
+        """Settle every request where no loop is alive to do it."""
+        for request in self.requests():
+            if request.kind == "freeze" and not self._freeze:
+                self._enter(gate="operator", rule="request", reason=f"{request.by} asked for it: {request.reason}")
+            elif request.kind == "resume" and self.lifts(request):
+                self.resume(by=request.by, reason=request.reason)
+
+    def lifts(self, request: Request) -> bool:
+        """Whether a resume request is meant for the freeze in force."""
+        return self._freeze is not None and request.freeze in {None, self._freeze}
+
+    def remember(self, *, cycle: int | None) -> None:
+        """Write the cache from which `status` answers: where the log stood, and what it said."""
+        path = self._dir / "state.json"
+        if cycle is None:
+            cycle = _cache(self._dir).get("cycle")
+        body = {
+            "stream": CONTROLLER,
+            "seq": self._log.head.seq,
+            "hash": self._log.head.hash,
+            "frozen": self._freeze is not None,
+            "freeze": self._freeze,
+            "reason": self._reason,
+            "cycle": cycle,
+        }
+        replace_durably(path, json.dumps(body, sort_keys=True).encode() + b"\n")
+
+    def _adopt_latch(self, turn: Entry | None) -> None:
+        latch = _read_latch(self._dir)
+        if self._freeze is not None:
+            return
+        if turn is not None and turn.body["freeze"] == latch["freeze"]:
+            # The resume is in the log and the process died before it took the latch away.
+            self._unlatch()
+            return
+        # Somebody set the latch, or this run died between the latch and its record.
+        self._enter(rule="latch", gate="operator", reason=latch["reason"])
+
+    def _unlatch(self) -> None:
+        self._latch.unlink(missing_ok=True)
+        sync_directory(self._dir)
+
+    def _enter(
+        self,
+        *,
+        gate: str,
+        rule: str,
+        reason: str,
+        cycle: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> str:
+        freeze = self.latch(reason)
+        body: dict[str, Any] = {"freeze": freeze, "gate": gate, "rule": rule, "reason": reason}
+        body |= {
+            "epoch": self._log.epoch,
+            "signals": [],
+            "update": None,
+            "restored": None,
+            "capsule": None,
+            "next": list(_NEXT),
+        }
+        self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
+        self.remember(cycle=None)
+        return freeze
+
+
+def signal_facts(signal: Signal) -> dict[str, Any]:
+    """What a record says of a signal."""
+    return {
+        "level": signal.level,
+        "monitor": signal.monitor,
+        "metric": signal.metric,
+        "value": signal.value,
+        "low": signal.low,
+        "high": signal.high,
+        "score": signal.score,
+        "since": signal.since,
+        "direction": signal.direction,
+        "reason": signal.reason,
+    }
+
+
+def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
+    """Freeze a run directory by its latch alone. Anyone may; a latch that is there already stays as it is."""
+    latch = run_dir / "latch"
+    if not latch.exists():
+        body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+        replace_durably(latch, json.dumps(body, sort_keys=True).encode() + b"\n")
+
+
+def submit(run_dir: Path, kind: RequestKind, *, by: str, reason: str, freeze: str | None = None) -> Request:
+    """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this."""
+    folder = run_dir / "requests"
+    folder.mkdir(exist_ok=True)
+    name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+    body = {"kind": kind, "by": by, "reason": reason, "freeze": freeze}
+    partial = folder / f".{name}"
+    partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
+    descriptor = os.open(partial, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    (folder / f"{name}.json").hardlink_to(partial)
+    partial.unlink()
+    sync_directory(folder)
+    return Request(id=name, kind=kind, by=by, reason=reason, freeze=freeze)
+
+
+def standing(run_dir: Path) -> Standing:
+    """Where a run stands, from its files alone. Raises UsageError where `run_dir` is not a run directory."""
+    facts = run_facts(run_dir)
+    turns = [entry for entry in read.entries(run_dir, CONTROLLER, types=_TURNS)]
+    freeze, reason = _told(turns[-1] if turns else None)
+    since = turns[-1].ts if freeze else None
+    acknowledged = True
+    if freeze is None and (run_dir / "latch").exists():
+        latch = _read_latch(run_dir)
+        freeze, reason, since, acknowledged = latch["freeze"], latch["reason"], latch["ts"], False
+    if freeze is None and (contradiction := _contradiction(run_dir)):
+        freeze, reason = "unrecorded", contradiction
+    tail = read.last(run_dir, CONTROLLER)
+    return Standing(
+        run=facts["id"],
+        frozen=freeze is not None,
+        freeze=freeze,
+        reason=reason,
+        since=since,
+        acknowledged=acknowledged,
+        epoch=tail.epoch if tail else 0,
+        cycle=_cache(run_dir).get("cycle"),
+        owner_pid=read.owner(run_dir, CONTROLLER),
+    )
+
+
+def run_facts(run_dir: Path) -> dict[str, Any]:
+    """What `run.json` says. Raises UsageError where there is none or it cannot be read."""
+    path = run_dir / "run.json"
+    try:
+        facts = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UsageError(
+            f"{run_dir} is not a run directory: it has no run.json. Name one, such as runs/toolformer"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(facts, dict) or "id" not in facts:
+        raise UsageError(f"{path}: is not the description of a run; it has no id")
+    return facts
+
+
+def _told(turn: Entry | None) -> tuple[str | None, str]:
+    if turn is None or turn.type == "resume.applied":
+        return None, ""
+    return str(turn.body["freeze"]), str(turn.body["reason"])
+
+
+def _cache(run_dir: Path) -> dict[str, Any]:
+    try:
+        cache = json.loads((run_dir / "state.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return cache if isinstance(cache, dict) else {}
+
+
+def _contradiction(run_dir: Path) -> str:
+    """A sentence where the cache and the log cannot both be true, else the empty string."""
+    path = run_dir / "state.json"
+    if not path.exists():
+        return ""
+    cache = _cache(run_dir)
+    if not cache:
+        return f"{path.name} cannot be read"
+    entry = read.at(run_dir, CONTROLLER, int(cache.get("seq", -1)))
+    if entry is None or entry.hash != cache.get("hash"):
+        return f"{path.name} names record {cache.get('seq')} with a hash that the log does not have"
+    return ""
+
+
+def _read_latch(run_dir: Path) -> dict[str, str]:
+    unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
+    try:
+        latch = json.loads((run_dir / "latch").read_bytes())
+    except (OSError, ValueError):
+        return unreadable
+    return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+
+
+def _read_request(path: Path) -> Request | None:
+    try:
+        body = json.loads(path.read_bytes())
+        kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if kind not in {"freeze", "resume", "note"}:
+        return None
+    return Request(id=path.stem, kind=kind, by=by, reason=reason, freeze=freeze)
+
+
+def _set_aside(path: Path) -> None:
+    done = path.parent / "done"
+    done.mkdir(exist_ok=True)
+    path.rename(done / path.name)
+    sync_directory(path.parent)

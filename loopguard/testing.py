@@ -1,0 +1,100 @@
+"""Doubles that ship: what a test of a loop needs instead of Docker and of the clock.
+
+from loopguard.testing import FakeRuntime, fake_runtimes
+
+guard = LoopGuard.from_file("policies/default.yaml", run_dir=tmp_path / "run", runtimes=fake_runtimes("42"))
+"""
+
+from __future__ import annotations
+
+import threading
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from loopguard.errors import SandboxUnavailableError
+from loopguard.types import Outcome, OutcomeStatus, ToolCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loopguard.sandbox.base import CellSpec, EventSink
+
+    Answer = str | OutcomeStatus | Outcome | Exception
+    Respond = Callable[[ToolCall], "str | Outcome | Exception"]
+
+
+class FakeRuntime:
+    """A runtime that runs nothing: `respond` says what each call comes back with.
+
+    `respond` gives text (standard output of a call that went well), an Outcome, or an exception to raise. `calls` keeps
+    every call that reached the runtime.
+    """
+
+    def __init__(self, respond: Respond) -> None:
+        self.calls: list[ToolCall] = []
+        self.started = False
+        self.closed = False
+        self.killed = 0
+        self._respond = respond
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Be ready."""
+        self.started = True
+
+    def run(self, call: ToolCall) -> Outcome:
+        """Give the answer to one call. Raises SandboxUnavailableError before `start` and after `close`."""
+        if not self.started or self.closed:
+            raise SandboxUnavailableError("the fake runtime is not running")
+        with self._lock:
+            self.calls.append(call)
+        answer = self._respond(call)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer if isinstance(answer, Outcome) else printed(call, answer)
+
+    def kill_running(self) -> int:
+        """Count how often a freeze asked for this; nothing runs here."""
+        self.killed += 1
+        return 0
+
+    def close(self) -> None:
+        """Be gone."""
+        self.closed = True
+
+    def facts(self) -> dict[str, Any]:
+        """What a real runtime reads back from its engine."""
+        return {"runtime": "fake"}
+
+
+def fake_runtimes(respond: Respond | str) -> Callable[[CellSpec, str, EventSink], FakeRuntime]:
+    """For `LoopGuard.from_file(runtimes=...)`: fake runtimes that all answer alike."""
+    answer: Respond = (lambda _: respond) if isinstance(respond, str) else respond
+    return lambda _spec, _run_id, _on_event: FakeRuntime(answer)
+
+
+def printed(call: ToolCall, text: str) -> Outcome:
+    """The outcome of a call that printed `text` and exited with 0."""
+    out = text.encode()
+    return Outcome(call_id=call.id, status="ok", exit_code=0, stdout=out, stdout_bytes=len(out), wall_ms=1.0)
+
+
+class FrozenClock:
+    """A clock that stands still until told to go on. For `AuditLog.open(clock=...)`."""
+
+    def __init__(self, start: datetime = datetime(2030, 1, 1, tzinfo=UTC)) -> None:
+        self._now = start
+        self._monotonic_ns = 0
+
+    def now(self) -> datetime:
+        """The time of day, UTC."""
+        return self._now
+
+    def monotonic_ns(self) -> int:
+        """Nanoseconds that never go back."""
+        return self._monotonic_ns
+
+    def advance(self, *, seconds: float) -> None:
+        """Let time pass."""
+        self._now += timedelta(seconds=seconds)
+        self._monotonic_ns += int(seconds * 1e9)

@@ -1,0 +1,61 @@
+"""What all tests share, and how a missing resource is made visible.
+
+A test that needs a resource which is not here is skipped, and the last lines of the run say so loudly. Resources named
+in LOOPGUARD_REQUIRE (comma-separated) turn that skip into a failure.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+
+import pytest
+
+_IMAGE = "loopguard/python:1"
+
+
+@functools.cache
+def missing_docker() -> str:
+    """Why tests that need Docker cannot run, or the empty string."""
+    if shutil.which("docker") is None:
+        return "there is no docker command"
+    for command, trouble in (
+        (["docker", "version", "--format", "{{.Server.Version}}"], "no Docker engine answers"),
+        (["docker", "image", "inspect", "--format", "{{.Id}}", _IMAGE], f"the image {_IMAGE} is not built"),
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, timeout=20, check=False)
+        except subprocess.TimeoutExpired:
+            return trouble
+        if done.returncode:
+            return trouble
+    return ""
+
+
+@functools.cache
+def missing_train() -> str:
+    """Why tests that train cannot run, or the empty string."""
+    absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(absent)} not installed: pip install 'loopguard[train]'" if absent else ""
+
+
+_CHECKS = {"docker": missing_docker, "train": missing_train}
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test whose resource is missing; fail it where the resource is required."""
+    for name, missing in _CHECKS.items():
+        if item.get_closest_marker(name) and (why := missing()):
+            if name in os.environ.get("LOOPGUARD_REQUIRE", "").split(","):
+                pytest.fail(f"LOOPGUARD_REQUIRE asks for {name}, but {why}", pytrace=False)
+            pytest.skip(f"needs {name}: {why}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the very end what was not run."""
+    for name, missing in _CHECKS.items():
+        if missing.cache_info().currsize and (why := missing()):
+            terminalreporter.write_line(f"NOT RUN: every test that needs {name}, because {why}", red=True, bold=True)

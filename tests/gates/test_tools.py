@@ -1,0 +1,84 @@
+"""The tool gate: deny by default, and notice a model that probes the fence."""
+
+import pytest
+
+from loopguard.gates.tools import REFUSAL, ToolGate
+from loopguard.policy.schema import GuardPolicy
+from loopguard.types import Outcome, ToolCall
+
+
+def policy(**tools):
+    rule = {"id": "calculator", "tool": "python", "then": "run", "sandbox": "offline", "refuse_patterns": ("import",)}
+    return GuardPolicy.model_validate(
+        {
+            "apiVersion": "loopguard/v1",
+            "name": "test",
+            "tools": {"rules": (rule,)} | tools,
+            "sandbox": {"profiles": {"offline": {"image": "loopguard/python:1"}}},
+            "data": {"sources": ("human", "model")},
+            "updates": {"loss_kind": "discrete", "monitors": ({"kind": "bounds", "metric": "loss"},)},
+            "promotion": {"panel": ({"metric": "correct", "good": "up", "max_gain": 0.2, "max_loss": 0.2},)},
+        }
+    )
+
+
+RATES = {"refused_share": 0.1, "contained_share": 0.2, "of_last_calls": 10}
+
+
+def call(code, tool="python"):
+    return ToolCall(id="c", tool=tool, code=code)
+
+
+def outcome(status):
+    return Outcome(call_id="c", status=status)
+
+
+def test_what_no_rule_lets_run_is_refused():
+    """The last branch denies."""
+    gate = ToolGate(policy())
+    assert gate.decide(call("print(1)")).result == "allow"
+    assert gate.decide(call("print(1)", tool="browser")).rule == "default"
+    assert gate.decide(call("import os")).result == "deny"
+
+
+def test_a_refusal_tells_the_model_no_rule_and_no_path():
+    assert not any(word in REFUSAL for word in ("calculator", "import", "/", "rule", "policy"))
+
+
+def test_refusals_above_the_rate_freeze_as_soon_as_there_are_too_many():
+    gate = ToolGate(policy(freeze_above=RATES))
+    gate.decide(call("import os"))
+    assert gate.trip() is None
+    gate.decide(call("import os"))
+    assert gate.trip().rule == "rate:refused"
+
+
+def test_old_refusals_leave_the_window():
+    gate = ToolGate(policy(freeze_above=RATES))
+    for _ in range(5):
+        gate.decide(call("import os"))
+        for _ in range(10):
+            gate.finished(outcome("ok"))
+        assert gate.trip() is None
+
+
+@pytest.mark.parametrize("status", ["timeout", "oom", "pids_limit", "output_limit", "disk_limit", "signal"])
+def test_calls_that_run_into_a_wall_freeze_above_their_own_rate(status):
+    gate = ToolGate(policy(freeze_above=RATES))
+    for _ in range(3):
+        gate.finished(outcome(status))
+    assert gate.trip().rule == "rate:contained"
+
+
+def test_failures_of_the_code_itself_are_not_counted():
+    gate = ToolGate(policy(freeze_above=RATES))
+    for _ in range(20):
+        gate.finished(outcome("nonzero_exit"))
+    assert gate.trip() is None
+
+
+def test_without_a_rate_nothing_freezes():
+    gate = ToolGate(policy())
+    for _ in range(50):
+        gate.decide(call("import os"))
+    assert gate.trip() is None

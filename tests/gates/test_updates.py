@@ -1,0 +1,99 @@
+"""The update gate: bounds first, then history, and freeze where anything is unclear."""
+
+import math
+
+import pytest
+
+from loopguard.errors import MonitorError
+from loopguard.gates.updates import UpdateGate
+from loopguard.policy.schema import Freeze, Updates
+
+
+def gate(*, loss_kind="discrete", monitors=None, freeze=None):
+    monitors = monitors or [
+        {"kind": "jump", "metric": "loss", "warmup": 45},
+        {"kind": "bounds", "metric": "loss"},
+        {"kind": "bounds", "metric": "grad_norm", "min": 0.0},
+    ]
+    updates = Updates.model_validate({"loss_kind": loss_kind, "monitors": tuple(monitors)})
+    return UpdateGate(updates, Freeze.model_validate(freeze or {}))
+
+
+def decide(gate, loss, update=1, *, grad_norm=1.0, armed=True):
+    return gate.decide({"loss": loss, "grad_norm": grad_norm}, update=update, armed=armed)
+
+
+def test_a_quiet_update_is_allowed():
+    assert decide(gate(), 2.0).result == "allow"
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf, -0.1])
+def test_an_impossible_loss_freezes_in_time(loss):
+    decision = decide(gate(), loss, armed=False)
+    assert (decision.result, decision.rule, decision.facts["withheld_in_time"]) == ("freeze", "bounds:loss", True)
+
+
+def test_a_gradient_that_is_not_finite_freezes_although_the_loss_is_fine():
+    assert decide(gate(), 2.0, grad_norm=math.nan).rule == "bounds:grad_norm"
+
+
+def test_rounding_below_zero_is_no_bug_and_a_density_may_be_negative():
+    assert decide(gate(), -1e-12).result == "allow"
+    assert decide(gate(loss_kind="density"), -3.0).result == "allow"
+
+
+def test_a_missing_metric_freezes():
+    """The last branch: no reading, no update."""
+    decision = gate().decide({"loss": 2.0}, update=3, armed=True)
+    assert (decision.result, decision.rule) == ("freeze", "missing:grad_norm")
+
+
+def test_a_jump_freezes_and_says_that_suspect_updates_were_applied():
+    watch = gate()
+    decisions = [decide(watch, 2.0 + update % 5 / 50, update) for update in range(1, 60)]
+    assert {decision.result for decision in decisions} == {"allow"}
+    frozen = next(d for update in range(60, 70) if (d := decide(watch, 0.5, update)).result == "freeze")
+    assert (frozen.rule, frozen.facts["withheld_in_time"]) == ("jump:loss", False)
+    assert (frozen.signals[0].since, frozen.signals[0].at) == (60, 62)
+
+
+def test_an_impossible_value_never_enters_the_statistics():
+    watch = gate()
+    for update in range(1, 60):
+        decide(watch, 2.0, update)
+    before = watch.state_dict()["monitors"][0]
+    decide(watch, math.nan, 60)
+    assert watch.state_dict()["monitors"][0] == before
+
+
+def test_a_monitor_that_raises_is_a_monitor_error_with_its_cause(monkeypatch):
+    watch = gate()
+
+    def broken(reading, *, armed):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(watch._monitors[0], "read", broken)
+    with pytest.raises(MonitorError, match="monitor of loss failed at update 1") as caught:
+        decide(watch, 2.0)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+class TestSkip:
+    def skipping(self):
+        return gate(freeze={"on_trip": "skip", "skip_at_most": {"updates": 2, "per": 10}})
+
+    def test_drops_a_batch_at_most_so_often_and_then_freezes(self):
+        watch = self.skipping()
+        results = [decide(watch, math.nan if update in {3, 5, 7} else 2.0, update).result for update in range(1, 8)]
+        assert results == ["allow", "allow", "skip", "allow", "skip", "allow", "freeze"]
+
+    def test_an_old_skip_is_forgotten(self):
+        watch = self.skipping()
+        results = [decide(watch, math.nan, update).result for update in (1, 2, 12)]
+        assert results == ["skip", "skip", "skip"]
+
+    def test_a_jump_is_never_skipped(self):
+        watch = self.skipping()
+        for update in range(1, 60):
+            decide(watch, 2.0 + update % 5 / 50, update)
+        assert [decide(watch, 0.5, update).result for update in (60, 61, 62)] == ["allow", "allow", "freeze"]

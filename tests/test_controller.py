@@ -1,0 +1,569 @@
+"""The controller end to end, with a real log, real weights and a fake sandbox."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from loopguard.audit import read
+from loopguard.audit.verify import verify
+from loopguard.controller import LoopGuard
+from loopguard.errors import (
+    LoopFrozen,
+    PolicyMismatchError,
+    RunBusyError,
+    SandboxUnavailableError,
+    SnapshotError,
+    UsageError,
+)
+from loopguard.state import standing, submit
+from loopguard.testing import FakeRuntime, fake_runtimes
+from loopguard.types import Check, Outcome, Provenance, Record
+
+torch = pytest.importorskip("torch", reason="attach needs torch")
+pytest.importorskip("safetensors", reason="snapshots need safetensors")
+
+POLICY = """
+apiVersion: loopguard/v1
+name: test
+tools:
+  rules:
+    - {id: calculator, tool: python, then: run, sandbox: offline, refuse_patterns: [import]}
+  freeze_above: {refused_share: 0.1, contained_share: 0.1, of_last_calls: 20}
+sandbox:
+  profiles:
+    offline: {image: "loopguard/python:1"}
+data:
+  sources: [human, model]
+  forbidden_in_prompt: ["<<"]
+  recheck: {sample: 4, max_wrong_share: 0.25}
+  freeze_above: {quarantined_share: 0.5, of_at_least: 2}
+updates:
+  loss_kind: discrete
+  lease: 8
+  monitors:
+    - {kind: bounds, metric: loss}
+    - {kind: bounds, metric: grad_norm, min: 0}
+    - {kind: jump, metric: loss, window: 8, confirm: 3, warmup: 12}
+promotion:
+  panel:
+    - {metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.2}
+freeze: {when_frozen: raise}
+"""
+
+
+class Lab:
+    """A tiny learner in a run directory: start it, stop it, start it again."""
+
+    def __init__(self, tmp_path: Path) -> None:
+        self.policy = tmp_path / "policy.yaml"
+        self.policy.write_text(POLICY)
+        self.run_dir = tmp_path / "run"
+        self.respond = lambda call: "4"
+
+    def open(self, **options):
+        runtimes = fake_runtimes(lambda call: self.respond(call))
+        return LoopGuard.from_file(self.policy, run_dir=self.run_dir, runtimes=runtimes, **options)
+
+    def build(self, guard, *, actor=True):
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        self.actor = (
+            torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) if actor else None
+        )
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
+        guard.attach(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, actor=self.actor)
+        return guard
+
+    def loss(self, factor=1.0):
+        """A loss near `factor`, with a gradient; the batch is drawn from the global generator."""
+        x = torch.randn(16, 4)
+        return self.model(x).square().mean() * 0.01 + factor
+
+    def update(self, cycle, factor=1.0):
+        loss = self.loss(factor)
+        loss.backward()
+        return cycle.update(loss=loss, clip_norm=1.0)
+
+    def promote(self, cycle, correct=0.5):
+        return cycle.promote({"correct": correct}, apply=lambda: self.actor.load_state_dict(self.model.state_dict()))
+
+    def run(self, guard, cycles, updates=6):
+        for cycle in guard.cycles(cycles):
+            for _ in range(updates):
+                self.update(cycle)
+            self.promote(cycle)
+
+    def events(self, *types):
+        return [entry for entry in read.entries(self.run_dir) if not types or entry.type in types]
+
+
+@pytest.fixture()
+def lab(tmp_path):
+    return Lab(tmp_path)
+
+
+def record(n, *, expected="4", prompt=None):
+    return Record(
+        id=f"r{n}",
+        prompt=prompt or f"place {n}: ",
+        completion="2+2",
+        provenance=Provenance(source="human", origin=f"f:{n}", cycle=1),
+        check=Check(tool="python", code=f"print(2+2)  # {n}", expected=expected),
+    )
+
+
+def bits(*parts):
+    return [tensor.clone() for part in parts for tensor in part.state_dict().values() if torch.is_tensor(tensor)]
+
+
+class TestAQuietRun:
+    def test_is_identical_to_the_bit_to_the_same_loop_without_a_guard(self, lab):
+        """The guard costs nothing but time."""
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 2)
+            guarded = guard.state_digest()
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        _actor = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+        for _ in range(12):
+            loss = model(torch.randn(16, 4)).square().mean() * 0.01 + 1.0
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        from loopguard.integrations.torch import learner
+
+        assert learner(model=model, optimizer=optimizer, scheduler=None, actor=None).digest() == guarded
+
+    def test_leaves_a_log_that_verifies_up_to_its_missing_anchor(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 2)
+        assert verify(lab.run_dir).code == 20
+        applied = lab.events("update.applied")
+        assert sum(len(entry.body["readings"]["loss"]) for entry in applied) == 12
+
+    def test_the_actor_has_the_promoted_weights_and_no_others(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            for cycle in guard.cycles(1):
+                before = guard.actor_digest
+                lab.update(cycle)
+                assert guard.actor_digest == before
+                lab.promote(cycle)
+                assert guard.actor_digest != before
+            assert torch.equal(lab.actor[0].weight, lab.model[0].weight)
+
+    def test_a_lease_is_durable_before_its_first_update(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            for cycle in guard.cycles(1):
+                lab.update(cycle)
+                assert [(e.body["from"], e.body["to"]) for e in lab.events("update.leased")] == [(1, 8)]
+
+
+class TestTheUpdateGate:
+    def test_an_impossible_loss_freezes_before_the_optimizer_moves(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            for _ in range(5):
+                lab.update(cycle)
+            before, rate = bits(lab.model), lab.scheduler.get_last_lr()
+            digest = guard.state_digest()
+            with pytest.raises(LoopFrozen, match="loss is nan"):
+                lab.update(cycle, factor=math.nan)
+            assert guard.state_digest() == digest
+            assert all(torch.equal(a, b) for a, b in zip(before, bits(lab.model), strict=True))
+            assert lab.scheduler.get_last_lr() == rate
+
+    def test_a_jump_rolls_back_to_before_the_first_suspect_update(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            promoted = None
+            with pytest.raises(LoopFrozen, match="went down"):
+                for cycle in guard.cycles(4):
+                    promoted = guard.state_digest()
+                    for n in range(10):
+                        lab.update(cycle, factor=1.0 if cycle.number < 3 or n < 4 else 0.3)
+                    lab.promote(cycle)
+            assert guard.state_digest() == promoted
+        frozen = lab.events("freeze.entered")[0]
+        assert frozen.body["signals"][0]["direction"] == "down"
+        assert frozen.body["restored"] == lab.events("promotion.applied")[-1].body["snapshot"]
+
+    def test_the_capsule_holds_the_suspect_state_and_what_was_decided(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            lab.update(cycle)
+            with pytest.raises(LoopFrozen):
+                lab.update(cycle, factor=math.inf)
+        capsule = json.loads((lab.run_dir / "freezes" / "f1" / "freeze.json").read_text())
+        assert capsule["decision"]["rule"] == "bounds:loss"
+        assert (lab.run_dir / "freezes" / "f1" / capsule["state"] / "state.safetensors").exists()
+
+    def test_an_attached_optimizer_steps_through_the_guard_alone(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            before = bits(lab.model)
+            lab.loss().backward()
+            with pytest.raises(UsageError, match="call cycle.update"):
+                lab.optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(before, bits(lab.model), strict=True))
+
+    def test_an_update_without_gradients_is_a_usage_error(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            with pytest.raises(UsageError, match="call loss.backward"):
+                next(iter(guard.cycles(1))).update(loss=lab.loss())
+
+    def test_deciding_without_stepping_is_refused_for_an_attached_optimizer(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            with pytest.raises(UsageError, match="call cycle.update"):
+                next(iter(guard.cycles(1))).decide_update(readings={"loss": 1.0, "grad_norm": 1.0})
+
+    def test_people_who_step_themselves_get_the_decision(self, lab):
+        with lab.open() as guard:
+            cycle = next(iter(guard.cycles(1)))
+            assert cycle.decide_update(readings={"loss": 1.0, "grad_norm": 1.0}).allowed
+            with pytest.raises(LoopFrozen, match="not a finite number"):
+                cycle.decide_update(readings={"loss": 1.0, "grad_norm": math.nan})
+
+
+class TestThePromotionGate:
+    @pytest.mark.parametrize("correct", [0.95, 0.05, math.nan])
+    def test_a_panel_that_moved_too_much_leaves_the_actor_as_it_was(self, lab, correct):
+        with lab.open() as guard:
+            lab.build(guard)
+            with pytest.raises(LoopFrozen):
+                for cycle in guard.cycles(2):
+                    actor = guard.actor_digest
+                    lab.update(cycle)
+                    lab.promote(cycle, correct=0.5 if cycle.number == 1 else correct)
+            assert guard.actor_digest == actor
+            assert torch.equal(lab.actor[0].weight, lab.model[0].weight), "the model went back to what is promoted"
+
+    def test_apply_runs_on_allow_alone(self, lab):
+        called = []
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            with pytest.raises(LoopFrozen):
+                cycle.promote({"correct": 7.0}, apply=lambda: called.append(1))
+        assert called == []
+
+    def test_an_apply_that_installs_something_else_freezes(self, lab):
+        """Half-installed weights must not act."""
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            lab.update(cycle)
+            with pytest.raises(LoopFrozen, match="apply failed"):
+                cycle.promote({"correct": 0.5}, apply=lambda: None)
+
+    def test_a_model_that_is_its_own_actor_goes_back_before_it_generates(self, lab):
+        with lab.open() as guard:
+            lab.build(guard, actor=False)
+            for cycle in guard.cycles(2):
+                generates = guard.actor_digest
+                lab.update(cycle)
+                if cycle.number == 1:
+                    cycle.promote({"correct": 0.5})
+                    promoted = guard.actor_digest
+            assert generates == promoted
+            assert guard.actor_digest == promoted, "cycle 2 was not promoted, so its weights never act"
+
+
+class TestTools:
+    def test_a_refused_call_never_reaches_the_sandbox(self, lab):
+        seen = []
+        lab.respond = lambda call: seen.append(call.code) or "4"
+        with lab.open() as guard:
+            outcomes = next(iter(guard.cycles(1))).tool("python").map(["print(2+2)", "import os", "print(1)"])
+        assert [o.status for o in outcomes] == ["ok", "denied", "ok"]
+        assert sorted(seen) == ["print(1)", "print(2+2)"]
+        assert "calculator" not in outcomes[1].text
+
+    def test_a_call_is_decided_on_disk_before_it_runs(self, lab):
+        on_disk = []
+        lab.respond = lambda call: on_disk.append([e.body["call"] for e in lab.events("tool.decided")]) or "4"
+        with lab.open() as guard:
+            next(iter(guard.cycles(1))).tool("python")("print(1)")
+        assert len(on_disk[0]) == 1
+
+    def test_too_many_refusals_freeze_and_the_tool_says_denied_rather_than_raise(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            outcomes = cycle.tool("python").map(["import os"] * 10 + ["print(1)"] * 200)
+            assert {o.status for o in outcomes} == {"denied"}
+            with pytest.raises(LoopFrozen, match="refused"):
+                lab.update(cycle)
+
+    def test_a_dead_sandbox_is_an_error_and_is_recorded_as_lost(self, lab):
+        lab.respond = lambda call: SandboxUnavailableError("the cell died")
+        with lab.open() as guard:
+            cycle = next(iter(guard.cycles(1)))
+            with pytest.raises(SandboxUnavailableError, match="the cell died"):
+                cycle.tool("python")("print(1)")
+        assert len(lab.events("tool.lost")) == 1
+
+    def test_contained_calls_above_the_rate_freeze(self, lab):
+        lab.respond = lambda call: Outcome(call_id=call.id, status="oom")
+        with lab.open() as guard:
+            cycle = next(iter(guard.cycles(1)))
+            cycle.tool("python").map(["print(1)"] * 3)
+            with pytest.raises(LoopFrozen, match="contained"):
+                cycle.admit([])
+
+
+class TestAdmission:
+    def test_what_is_quarantined_can_be_listed_with_its_reason(self, lab):
+        with lab.open() as guard:
+            admitted = next(iter(guard.cycles(1))).admit([record(1), record(2), record(3, prompt="<<"), record(4)])
+        assert [r.id for r in admitted.records] == ["r1", "r2", "r4"]
+        rows = (lab.run_dir / "quarantine" / "cycle-0001.jsonl").read_text().splitlines()
+        assert [(json.loads(row)["id"], json.loads(row)["reason"]) for row in rows] == [("r3", "forbidden_in_prompt")]
+
+    def test_checks_run_again_in_the_sandbox_and_freeze_when_they_do_not_hold(self, lab):
+        with lab.open() as guard, pytest.raises(LoopFrozen, match="do not hold"):
+            next(iter(guard.cycles(1))).admit([record(n, expected="5") for n in range(4)])
+        assert not lab.events("data.admitted")
+
+    def test_a_verifier_whose_sandbox_died_admits_nothing(self, lab):
+        lab.respond = lambda call: SandboxUnavailableError("gone")
+        with lab.open() as guard, pytest.raises(SandboxUnavailableError):
+            next(iter(guard.cycles(1))).admit([record(1)])
+        assert not lab.events("data.admitted")
+
+
+class TestAcrossStarts:
+    def test_a_second_start_goes_on_from_the_last_promoted_state(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 4)
+            whole = guard.state_digest()
+        lab.run_dir = lab.run_dir.with_name("other")
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 2)
+        with lab.open() as guard:
+            lab.build(guard)
+            assert guard.promoted_cycle == 2
+            lab.run(guard, 4)
+            assert guard.state_digest() == whole
+
+    def test_an_open_lease_is_settled_and_the_run_goes_on(self, lab):
+        guard = lab.build(lab.open())
+        for cycle in guard.cycles(2):
+            for _ in range(6):
+                lab.update(cycle)
+            if cycle.number == 2:
+                break
+            lab.promote(cycle)
+        epoch = guard._log.epoch
+        guard._log.close()  # what a kill leaves: nothing was flushed
+        with lab.open() as again:
+            assert any("updates" in sentence for sentence in again.found)
+            assert not again.frozen
+            assert again._log.epoch > epoch
+            lab.build(again)
+            assert next(iter(again.cycles(2))).number == 2
+        assert lab.events("update.settled")[0].body["restored"] == lab.events("promotion.applied")[0].body["snapshot"]
+        assert verify(lab.run_dir).code == 20
+
+    def test_a_frozen_run_is_still_frozen_after_a_restart(self, lab):
+        with lab.open() as guard, pytest.raises(LoopFrozen):
+            lab.build(guard)
+            lab.update(next(iter(guard.cycles(1))), factor=math.nan)
+        with lab.open() as again:
+            lab.build(again)
+            with pytest.raises(LoopFrozen, match="f1"):
+                next(iter(again.cycles(1)))
+
+    def test_removing_the_latch_does_not_thaw(self, lab):
+        self.test_a_frozen_run_is_still_frozen_after_a_restart(lab)
+        (lab.run_dir / "latch").unlink()
+        with lab.open() as guard, pytest.raises(LoopFrozen):
+            next(iter(guard.cycles(1)))
+
+    def test_a_latch_from_outside_freezes_at_the_next_gate(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            lab.update(cycle)
+            (lab.run_dir / "latch").write_text("{}")
+            with pytest.raises(LoopFrozen):
+                lab.update(cycle)
+        assert standing(lab.run_dir).acknowledged
+
+    def test_a_request_from_outside_freezes_and_names_who_asked(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            submit(lab.run_dir, "freeze", by="dana", reason="looks wrong")
+            with pytest.raises(LoopFrozen, match="dana asked for it: looks wrong"):
+                lab.update(cycle)
+
+    def test_waiting_for_a_resume_discards_the_cycle_and_starts_it_again(self, lab, monkeypatch):
+        lab.policy.write_text(POLICY.replace("when_frozen: raise", "when_frozen: wait"))
+        import loopguard.controller
+
+        naps = []
+
+        def nap(seconds):
+            naps.append(seconds)
+            if len(naps) == 3:
+                submit(lab.run_dir, "resume", by="dana", reason="shard 17 removed", freeze="f1")
+
+        monkeypatch.setattr(loopguard.controller.time, "sleep", nap)
+        with lab.open() as guard:
+            lab.build(guard)
+            numbers = []
+            for cycle in guard.cycles(2):
+                numbers.append(cycle.number)
+                faulty = len(numbers) == 2
+                results = [lab.update(cycle, factor=math.nan if faulty and n == 1 else 1.0).result for n in range(3)]
+                assert results == (["allow", "freeze", "deny"] if faulty else ["allow"] * 3)
+                lab.promote(cycle)
+        assert numbers == [1, 2, 2]
+        assert lab.events("resume.applied")[0].body["by"] == "dana"
+        assert verify(lab.run_dir).code == 20
+
+    def test_a_resume_meant_for_another_freeze_lifts_nothing(self, lab):
+        self.test_a_frozen_run_is_still_frozen_after_a_restart(lab)
+        submit(lab.run_dir, "resume", by="dana", reason="old news", freeze="f0")
+        with lab.open() as guard, pytest.raises(LoopFrozen):
+            next(iter(guard.cycles(1)))
+
+    def test_exit_ends_with_4_and_under_torchrun_with_0(self, lab, monkeypatch):
+        lab.policy.write_text(POLICY.replace("when_frozen: raise", "when_frozen: exit"))
+        with lab.open() as guard, pytest.raises(SystemExit) as left:
+            lab.build(guard)
+            lab.update(next(iter(guard.cycles(1))), factor=math.nan)
+        assert left.value.code == 4
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+        with lab.open() as guard, pytest.raises(SystemExit) as left:
+            next(iter(guard.cycles(1)))
+        assert left.value.code == 0
+
+    def test_a_pointer_that_no_promotion_names_comes_up_frozen(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 1)
+        pointer = lab.run_dir / "snapshots" / "promoted.json"
+        body = json.loads(pointer.read_text())
+        pointer.write_text(json.dumps(body | {"snapshot": "0" * 64}))
+        with lab.open() as guard:
+            assert guard.frozen
+
+    def test_a_damaged_snapshot_is_refused_by_name(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 1)
+        blob = next((lab.run_dir / "snapshots").glob("*/state.safetensors"))
+        blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
+        with lab.open() as guard, pytest.raises(SnapshotError, match="not what its name says"):
+            lab.build(guard)
+
+    def test_ctrl_c_leaves_a_finished_record(self, lab):
+        with pytest.raises(KeyboardInterrupt), lab.open() as guard:
+            lab.build(guard)
+            for cycle in guard.cycles(1):
+                lab.update(cycle)
+                raise KeyboardInterrupt
+        assert [e.type for e in lab.events("run.interrupted", "run.finished")] == ["run.interrupted"]
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 1)
+        assert verify(lab.run_dir).code == 20
+
+
+class TestTheRunDirectory:
+    def test_has_one_owner(self, lab):
+        with lab.open(), pytest.raises(RunBusyError, match="in use by process"):
+            lab.open()
+
+    def test_belongs_to_one_policy(self, lab):
+        lab.open().close()
+        lab.policy.write_text(POLICY.replace("max_loss: 0.2", "max_loss: 0.1"))
+        with pytest.raises(PolicyMismatchError, match="--adopt-policy ([0-9a-f]{64})") as refused:
+            lab.open()
+        digest = str(refused.value).split()[-1]
+        lab.open(adopt_policy=digest).close()
+        assert lab.events("policy.adopted")[0].body["change"] == "tightened"
+        lab.open().close()
+
+    def test_a_looser_policy_needs_a_name_and_a_reason(self, lab):
+        lab.open().close()
+        lab.policy.write_text(POLICY.replace("max_loss: 0.2", "max_loss: 0.3"))
+        with pytest.raises(PolicyMismatchError) as refused:
+            lab.open()
+        digest = str(refused.value).split()[-1]
+        with pytest.raises(PolicyMismatchError, match="--by NAME --reason TEXT"):
+            lab.open(adopt_policy=digest)
+        lab.open(adopt_policy=digest, by="dana", reason="noisier eval").close()
+
+    def test_must_not_hold_something_else(self, lab):
+        lab.run_dir.mkdir()
+        (lab.run_dir / "thesis.tex").write_text("")
+        with pytest.raises(UsageError, match="holds something else than a run"):
+            lab.open()
+
+    def test_is_not_begun_where_there_is_no_sandbox(self, lab):
+        """Nothing is half-written."""
+
+        class NoEngine(FakeRuntime):
+            def start(self):
+                raise SandboxUnavailableError("no Docker engine answers")
+
+        with pytest.raises(SandboxUnavailableError):
+            LoopGuard.from_file(lab.policy, run_dir=lab.run_dir, runtimes=lambda *_: NoEngine(lambda _: ""))
+        assert not lab.run_dir.exists()
+
+
+class TestAttach:
+    @pytest.mark.parametrize(
+        ("what", "match"),
+        [
+            ({"model": object()}, "models of these packages can be guarded: torch"),
+            ({"optimizer": None}, "needs optimizer"),
+            ({"optimizer": "adam"}, "got a str"),
+            ({"actor": 3}, "got a int"),
+        ],
+    )
+    def test_what_cannot_be_guarded_is_refused_in_a_sentence(self, lab, what, match):
+        model = torch.nn.Linear(2, 1)
+        with lab.open() as guard, pytest.raises(UsageError, match=match):
+            guard.attach(**{"model": model, "optimizer": torch.optim.SGD(model.parameters(), lr=0.1), **what})
+
+    def test_an_actor_of_another_shape_is_refused(self, lab):
+        model = torch.nn.Linear(2, 1)
+        with lab.open() as guard, pytest.raises(UsageError, match="other parameters than the model"):
+            actor = torch.nn.Sequential(model)
+            guard.attach(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), actor=actor)
+
+    def test_several_optimizers_are_decided_and_step_together(self, lab):
+        with lab.open() as guard:
+            first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)
+            model = torch.nn.Sequential(first, second)
+            optimizers = [torch.optim.SGD(part.parameters(), lr=0.1) for part in (first, second)]
+            guard.attach(model=model, optimizer=optimizers)
+            cycle = next(iter(guard.cycles(1)))
+            before = [first.weight.clone(), second.weight.clone()]
+            loss = model(torch.ones(1, 2)).square().mean() + 1
+            loss.backward()
+            cycle.update(loss=loss)
+            assert not torch.equal(before[0], first.weight)
+            assert not torch.equal(before[1], second.weight)
