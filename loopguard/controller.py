@@ -62,23 +62,54 @@ _POLL_S = 0.5
 class Learner(Protocol):
     """What an integration gives the controller: a model in training that moves only when told to."""
 
-    same_actor: bool
+    @property
+    def same_actor(self) -> bool:
+        """Whether the weights in training are the ones that generate."""
+        ...
 
-    def readings(self, loss: Any) -> dict[str, float]: ...
-    def apply(self, *, clip_norm: float | None) -> None: ...
-    def discard(self) -> None: ...
-    def state(self) -> dict[str, Any]: ...
-    def restore(self, state: dict[str, Any], *, actor_too: bool) -> None: ...
-    def digest(self) -> str: ...
-    def weights_digest(self) -> str: ...
-    def actor_digest(self) -> str: ...
+    def readings(self, loss: Any) -> dict[str, float]:
+        """The metrics of the update at hand, at least `loss` and `grad_norm`."""
+        ...
+
+    def apply(self, *, clip_norm: float | None) -> None:
+        """Take the step."""
+        ...
+
+    def discard(self) -> None:
+        """Drop the gradients and move nothing."""
+        ...
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a bit-exact continuation needs."""
+        ...
+
+    def restore(self, state: dict[str, Any], *, actor_too: bool) -> None:
+        """Go back to such a state."""
+        ...
+
+    def digest(self) -> str:
+        """SHA-256 over weights and optimizer state."""
+        ...
+
+    def weights_digest(self) -> str:
+        """SHA-256 over the weights in training."""
+        ...
+
+    def actor_digest(self) -> str:
+        """SHA-256 over the weights that generate."""
+        ...
 
 
 class LoopState(Protocol):
     """The loop's own state that must travel with a snapshot: JSON values, tensors, or both."""
 
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        """The state as it is now."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to such a state."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -839,6 +870,7 @@ class _Runtimes:
         return max((profile.cells for profile in self._profiles.values()), default=1)
 
     def start(self) -> None:
+        """Start what is not running yet."""
         for name, profile in self._profiles.items():
             if name not in self._running:
                 runtime = self._make(_cell_spec(profile), self._run_id, self._event)

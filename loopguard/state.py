@@ -1,7 +1,7 @@
 """Whether weights may change right now, and how that survives anything.
 
 Frozen means: the latch file is there, or the audit log says so, or the cache beside them contradicts the log. Stopping
-is cheap and open to anyone; going on takes a logged resume with a name and a reason, and nothing else removes the latch.
+is cheap and open to anyone; going on takes a logged resume with a name and a reason. Nothing else removes the latch.
 
 This module needs neither torch nor pydantic, so that `status`, `freeze` and `resume` answer at once from any terminal.
 """

@@ -102,7 +102,7 @@ class Lab:
         return [entry for entry in read.entries(self.run_dir) if not types or entry.type in types]
 
 
-@pytest.fixture()
+@pytest.fixture
 def lab(tmp_path):
     return Lab(tmp_path)
 

@@ -52,10 +52,25 @@ STATUS = {
 
 _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
 _MOST_FINDINGS = 50
+_MOST_LOOKS = 3
+"""How often a repeated number is looked up in the files; each time reads the whole log."""
 
-UNANCHORED_SENTENCE = (
-    "the chain is whole; without an expected head nobody can say that the tail was not cut or the log not written anew"
-)
+SUMMARIES = {
+    OK: "the chain is whole and its head is the one that was expected",
+    WARN: "the chain is whole and its head is the one that was expected; there is something to know",
+    UNANCHORED: (
+        "the chain is whole; without an expected head nobody can say that the tail was not cut "
+        "or the log not written anew"
+    ),
+    TAMPER: "records were changed, removed, moved or repeated",
+    TRUNCATED: "the log ends before a record that it once had",
+    REPLACED: "the log was written anew: a record is not the one that was noted",
+    SPLICE: "records of another run or stream stand in this log",
+    FORK: "two histories of this run stand in this log",
+    PROTOCOL: "the chain is whole, and it tells of something that nothing in it allows",
+    MISSING: "the log, or a file that it names, is not there",
+    UNREADABLE: "the log cannot be read",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +99,7 @@ class Verification:
     @property
     def summary(self) -> str:
         """One sentence for people."""
-        if self.code == OK:
-            return "the chain is whole and its head is the one that was expected"
-        if self.code == UNANCHORED:
-            return UNANCHORED_SENTENCE
-        if self.code == WARN:
-            return "the log is whole, with something to know"
-        return self.findings[0]
+        return SUMMARIES[self.code]
 
 
 def verify(run_dir: Path, *, expect_head: str | None = None, stream: str = read.CONTROLLER) -> Verification:
@@ -141,7 +150,7 @@ class Chain:
         self._seq = 0
         self._prev: str | None = GENESIS
         self._epoch = 0
-        self._forked = False
+        self._looks = 0
 
     def feed(self, line: read.Line) -> tuple[Entry | None, Finding | None]:
         """The record in a line (None where it holds none), and what is wrong with it or its place."""
@@ -188,8 +197,8 @@ class Chain:
         return None
 
     def _again(self, entry: Entry, place: str) -> Finding:
-        if not self._forked and self._twins(entry.seq) - {entry.hash}:
-            self._forked = True
+        self._looks += 1
+        if self._looks <= _MOST_LOOKS and self._twins(entry.seq) - {entry.hash}:
             return Finding(
                 FORK, f"{place}: there are two different records {entry.seq}: two writers, or a restored copy"
             )
@@ -423,6 +432,11 @@ class _Audit:
         self._clock(entry, place)
         self._policy(entry, place)
         self._recovered(entry, place)
+        if not self.broken:
+            self._allowed(entry, place)
+
+    def _allowed(self, entry: Entry, place: str) -> None:
+        """Judged up to the first break only: behind it, a missing permission may be what was cut out."""
         if entry.type == "log.opened" and self.grammar.calls:
             self.note(f"{place}: {len(self.grammar.calls)} allowed tool calls ended with their process")
         for trouble in self.grammar.feed(entry):

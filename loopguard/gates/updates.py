@@ -34,7 +34,7 @@ class UpdateGate:
         """Judge one update.
 
         `readings` holds one value for each metric of this update. While not `armed` only the monitors that need no
-        history can trip. A metric that a monitor watches and that is missing freezes, and so does a monitor that raises.
+        history can trip. A watched metric that is missing freezes. Raises MonitorError where a monitor fails.
         """
         signals = []
         for monitor in self._in_order():

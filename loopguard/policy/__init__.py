@@ -11,7 +11,7 @@ from __future__ import annotations
 from loopguard.policy.decide import decide
 from loopguard.policy.diff import Change, changes, compare
 from loopguard.policy.findings import Finding
-from loopguard.policy.load import LoadedPolicy, check, digest, load, shipped
+from loopguard.policy.load import LoadedPolicy, check, digest, examine, load, shipped
 from loopguard.policy.schema import GuardPolicy
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "compare",
     "decide",
     "digest",
+    "examine",
     "load",
     "shipped",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_you_mean, dotted, shown
+from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_you_mean, dotted, nearest, shown
 from loopguard.policy.schema import CellLimits, GuardPolicy, Profile, Sandbox, ToolRule, Tools, missing_profiles
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
     from loopguard.policy.source import Source, Spot
+
+MOST = 100
+"""Problems that are explained. Nobody reads on, and a hostile file could hold a hundred thousand."""
 
 Section = type[BaseModel]
 Placed = tuple["Spot", str]
@@ -83,11 +86,12 @@ _LIMITS = {
 
 def findings(error: ValidationError, source: Source) -> list[Finding]:
     """What is wrong with the meaning of a policy, each with its place in the file."""
-    placed = [each for detail in error.errors() for each in _sentences(detail, source)]
+    placed = [each for detail in error.errors()[:MOST] for each in _sentences(detail, source)]
     # pydantic looks at the whole only once every part is sound; a misspelt profile should not wait for that.
-    placed += [each for each in _misspelt_profiles(source) if each not in placed]
+    placed += _misspelt_profiles(source)
     return [
-        Finding(path=source.path, message=sentence, line=spot.line, column=spot.column) for spot, sentence in placed
+        Finding(path=source.path, message=sentence, line=spot.line, column=spot.column)
+        for spot, sentence in dict.fromkeys(placed)
     ]
 
 
@@ -109,7 +113,8 @@ def _sentences(detail: ErrorDetails, source: Source) -> Iterator[Placed]:
     elif detail["type"] == "union_tag_not_found":
         yield from _said((*where, "kind"), "is missing: the monitor, bounds or jump", source)
     elif detail["type"] == "missing":
-        yield from _said(where, f"is missing: {_meaning(where)}", source)
+        if not _misspelt(where, source):
+            yield from _said(where, f"is missing: {_meaning(where)}", source)
     elif detail["type"] == "union_tag_invalid":
         where = (*where, "kind")
         yield from _said(where, _tail(detail, _value(where, source), source.spots[where].quoted), source)
@@ -131,15 +136,17 @@ def _tail(detail: ErrorDetails, value: Any, quoted: bool) -> str:  # noqa: FBT00
         return str(context["error"])
     if kind in ("literal_error", "union_tag_invalid"):
         options = re.findall(r"'([^']+)'", str(context.get("expected", context.get("expected_tags", ""))))
-        expected = f"one of {', '.join(options)}" if len(options) > 1 else options[0]
-        return f"is {shown(value)}; expected {expected}{did_you_mean(str(value), options)}"
-    if kind in ("string_too_short", "too_short"):
-        return "is empty; expected something"
-    if kind == "string_too_long":
-        return f"has {len(value)} characters; expected at most {context['max_length']}"
+        if len(options) == 1:
+            return f"is {shown(value)}; expected {options[0]}"
+        return f"is {shown(value)}; expected one of {', '.join(options)}{did_you_mean(str(value), options)}"
+    if kind == "string_too_short":
+        return "is empty; give it a value or leave it out"
+    if kind in ("string_too_long", "too_long"):
+        unit = "characters" if isinstance(value, str) else "entries"
+        return f"has {len(value)} {unit}; expected at most {context['max_length']}"
     if kind in _LIMITS:
         word, key = _LIMITS[kind]
-        return f"is {shown(value)}; expected {word} {context[key]:g}"
+        return f"is {shown(value)}; expected {word} {context[key]:.12g}"
     expected = _TYPES.get(kind.split("_")[0], "")
     if not expected:
         return f"is {shown(value)}; {detail['msg']}"
@@ -174,6 +181,13 @@ def _unknown_key(where: Where, source: Source) -> Placed:
     return key_spot, f"{prefix}{_about_key(key, parent, _section(parent, source))}"
 
 
+def _misspelt(where: Where, source: Source) -> bool:
+    """Whether a missing key is there under a name that is nearly its own; that is said of the other name."""
+    known = _keys(_section(where[:-1], source))
+    written = _value(where[:-1], source)
+    return any(key not in known and nearest(key, known) == where[-1] for key in list(written)[:MOST])
+
+
 def _about_key(key: str, parent: Where, section: Section | None) -> str:
     names = tuple(step for step in parent if isinstance(step, str))
     if key in NOT_YET.get(names, ()):
@@ -182,13 +196,12 @@ def _about_key(key: str, parent: Where, section: Section | None) -> str:
     near = did_you_mean(key, known)
     if key in NEVER and section in _ABOUT_CELLS:
         # Only among the limits is such a key more likely a slip (pid for pids) than a wish.
-        return (
-            f"LoopGuard cells never have {NEVER[key]}; there is no switch for it{near if section is CellLimits else ''}"
-        )
+        slip = near if section is CellLimits else ""
+        return f"{key!r} is refused: LoopGuard cells never have {NEVER[key]}; there is no switch for it{slip}"
+    if homes := sorted({home for home in _homes(GuardPolicy) if home.rpartition(".")[2] == key}):
+        return f"unknown key {key!r} here; it belongs at {' or '.join(homes)}, so check the indentation"
     if near:
         return f"unknown key {key!r}{near}"
-    if homes := [home for home in _homes(GuardPolicy) if home.rpartition(".")[2] == key]:
-        return f"unknown key {key!r} here; it belongs at {' or '.join(homes)}, so check the indentation"
     return f"unknown key {key!r}; expected one of {', '.join(known)}"
 
 

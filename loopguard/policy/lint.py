@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Lint = tuple["Where", str]
 
 # A repeated group with a repeat in it, such as (a+)+ : matching may take time that doubles with each character.
-_NESTED_REPEAT = re.compile(r"\((?:[^()\\]|\\.)*(?:[*+]|\{\d*,\d*\})(?:[^()\\]|\\.)*\)(?:[*+]|\{\d*,\d*\})")
+_NESTED_REPEAT = re.compile(r"(?<!\\)\((?:[^()\\]|\\.)*(?:[*+]|\{\d*,\d*\})(?:[^()\\]|\\.)*\)(?:[*+]|\{\d*,\d*\})")
 
 
 def lints(policy: GuardPolicy) -> Iterator[Lint]:

@@ -37,37 +37,51 @@ class LoadedPolicy:
 
 def load(path: Path) -> LoadedPolicy:
     """Load a guard policy. Raises PolicyError, which names every problem with its line and column."""
-    read = source.read(path)
-    policy, problems = _judge(read)
-    if policy is None:
-        raise PolicyError([str(problem) for problem in problems])
-    return LoadedPolicy(policy=policy, digest=digest(policy), text=read.text, path=str(path))
+    loaded, findings = examine(path)
+    if loaded is None:
+        raise PolicyError([str(finding) for finding in findings])
+    return loaded
 
 
 def check(path: Path) -> list[Finding]:
     """Everything that can be said about a policy file: errors where it does not load, else lints. Raises nothing."""
+    return examine(path)[1]
+
+
+def examine(path: Path) -> tuple[LoadedPolicy | None, list[Finding]]:
+    """Read a policy file once: the policy with its lints, or None with its errors."""
     read = source.read(path)
     policy, problems = _judge(read)
     if policy is None:
-        return problems
-    return _sorted(
+        return None, problems
+    found = [
         Finding(path=read.path, message=message, line=spot.line, column=spot.column, level="lint")
         for where, message in lints(policy)
         for spot in [explain.spot_of(where, read)]
-    )
+    ]
+    return LoadedPolicy(policy=policy, digest=digest(policy), text=read.text, path=read.path), _sorted(found)
 
 
 def _judge(read: source.Source) -> tuple[GuardPolicy | None, list[Finding]]:
     """The policy, or None with everything that is wrong with it."""
     problems = list(read.findings)
-    policy = None
+    policy, unsaid = None, 0
     if read.readable:
         try:
             # As JSON, since strict models take lists for tuples there and nowhere else.
             policy = GuardPolicy.model_validate_json(json.dumps(read.data))
         except ValidationError as error:
             problems += explain.findings(error, read)
-    return (None, _sorted(problems)) if problems else (policy, [])
+            unsaid = max(error.error_count() - explain.MOST, 0)
+    return (None, _most(_sorted(problems), unsaid)) if problems else (policy, [])
+
+
+def _most(problems: list[Finding], unsaid: int) -> list[Finding]:
+    """As many problems as somebody may read, and how many there are besides."""
+    kept = problems[: explain.MOST]
+    if more := len(problems) - len(kept) + unsaid:
+        kept.append(Finding(path=problems[0].path, message=f"and at least {more} more problems"))
+    return kept
 
 
 def _sorted(findings: Iterable[Finding]) -> list[Finding]:

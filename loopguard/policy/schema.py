@@ -113,7 +113,7 @@ class ToolRule(Section):
     then: Literal["run", "deny"] = Field(description="what becomes of a call: run or deny")
     sandbox: Identifier | None = None
     max_code_bytes: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    refuse_patterns: tuple[Text, ...] = ()
+    refuse_patterns: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
 
     def problems(self) -> Iterator[Problem]:
         """`run` needs a sandbox, `deny` takes no conditions, patterns are regular expressions that can be wrong."""
@@ -140,7 +140,9 @@ class Tools(Section):
     """The tool gate: which calls run, and where."""
 
     default: Literal["deny"] = "deny"
-    rules: tuple[ToolRule, ...] = Field(description="which tools may run; what no rule lets run is refused")
+    rules: tuple[ToolRule, ...] = Field(
+        max_length=1000, description="which tools may run; what no rule lets run is refused"
+    )
     freeze_above: ToolFreeze | None = None
 
     def problems(self) -> Iterator[Problem]:
@@ -192,7 +194,7 @@ class Profile(Section):
     mode: Literal["fresh", "pooled"] = "pooled"
     runtime: Literal["runc", "runsc"] = "runc"
     cells: Annotated[int, Field(ge=1, le=1024)] = 2
-    preload: tuple[Module, ...] = ()
+    preload: Annotated[tuple[Module, ...], Field(max_length=100)] = ()
     calls_per_cell: Annotated[int, Field(ge=1, le=50_000)] = 500
     limits: CellLimits = CellLimits()
 
@@ -206,7 +208,7 @@ class Profile(Section):
 class Sandbox(Section):
     """Where tool calls run."""
 
-    profiles: dict[str, Profile] = Field(description="the kinds of cells, by name")
+    profiles: dict[str, Profile] = Field(max_length=100, description="the kinds of cells, by name")
 
     def problems(self) -> Iterator[Problem]:
         """Profiles have names that rules can write."""
@@ -253,7 +255,7 @@ class Data(Section):
     sources: tuple[Literal["human", "model"], ...] = Field(description="whose records may be trained on: human, model")
     overlap_ngram: Annotated[int, Field(ge=2, le=1000)] = 13
     max_own_share: Share = 0.5
-    forbidden_in_prompt: tuple[Text, ...] = ()
+    forbidden_in_prompt: Annotated[tuple[Text, ...], Field(max_length=1000)] = ()
     kept_share: KeptShare | None = None
     min_mean_gain: Annotated[float, Field(ge=-1000, le=1000)] | None = None
     recheck: Recheck | None = None
@@ -309,7 +311,7 @@ class Updates(Section):
         description="discrete (cross-entropy, never below zero), density, or surrogate (policy gradient)"
     )
     lease: Annotated[int, Field(ge=1, le=65536)] = 64
-    monitors: tuple[MonitorRule, ...] = Field(description="what watches the loss and the gradient")
+    monitors: tuple[MonitorRule, ...] = Field(max_length=100, description="what watches the loss and the gradient")
 
     def problems(self) -> Iterator[Problem]:
         """No monitor twice, and the loss is never unwatched."""
@@ -344,7 +346,9 @@ class PanelMetric(Section):
 class Promotion(Section):
     """The promotion gate: which weights may become the actor."""
 
-    panel: tuple[PanelMetric, ...] = Field(description="the capabilities that a candidate is judged by")
+    panel: tuple[PanelMetric, ...] = Field(
+        max_length=1000, description="the capabilities that a candidate is judged by"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Something is measured, and each metric has one rule."""

@@ -22,7 +22,7 @@ class Settings:
     vocabulary: int
 
     warmup_solutions: int
-    """How many solutions with human calls the model sees before it proposes calls of its own."""
+    """From how many annotated solutions one human call each is shown, before the model proposes calls of its own."""
     warmup_updates: int
     cycle_updates: int
     batch: int
@@ -54,7 +54,7 @@ GSM8K = Settings(
     layers=3,
     heads=4,
     vocabulary=1000,
-    warmup_solutions=150,
+    warmup_solutions=400,
     warmup_updates=250,
     cycle_updates=80,
     batch=48,
@@ -79,7 +79,7 @@ GENERATED = Settings(
     layers=2,
     heads=4,
     vocabulary=200,
-    warmup_solutions=60,
+    warmup_solutions=100,
     warmup_updates=120,
     cycle_updates=60,
     batch=32,

@@ -1,0 +1,552 @@
+"""Write `report.html`: one file that a person can open years later, without a network and without a script.
+
+The same log gives the same bytes, wherever its folder lies: no time of writing, no path, no random id. Every text in it
+was written by somebody else, perhaps by the model, and is escaped twice over: control and bidirectional characters by
+us, HTML by jinja2.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from loopguard.audit import query, read
+from loopguard.audit.events import number, printable
+from loopguard.audit.verify import OK, UNANCHORED, WARN, Verification, verify
+from loopguard.errors import AuditTamperedError
+from loopguard.types import CONTAINED
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from loopguard.audit.events import Entry
+
+MOST_POINTS = 2000
+_MOST_CURVES = 8
+_MOST_EXAMPLES = 12
+_CODE_CHARS = 120
+
+_CHART = (960.0, 200.0)
+_SMALL = (300.0, 120.0)
+
+Point = tuple[float, float]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Verify the log, read it, and write `report.html` into the run directory. Gives its path.
+
+    A log that was altered gives a report too: up to the damage, and with the damage on top. UsageError where there is
+    no log.
+    """
+    path = Path(run_dir) / "report.html"
+    partial = path.with_name(".report.html")
+    partial.write_text(render(Path(run_dir)), encoding="utf-8")
+    os.replace(partial, path)  # noqa: PTH105 - the one call whose name says that a reader never sees half of it
+    return path
+
+
+def render(run_dir: Path) -> str:
+    """The report as text."""
+    told = _Told()
+    cut = told.read(read.entries(run_dir))
+    template = _environment().get_template("report.html.j2")
+    return template.render(view=_View(told, verify(run_dir), run_dir, cut))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_shown,
+    )
+    environment.filters |= {"amount": query.amount, "short": query.short, "when": query.when}
+    return environment
+
+
+def _shown(value: Any) -> Any:
+    """What an expression of the template prints: text of strangers without its tricks."""
+    if isinstance(value, str) and not hasattr(value, "__html__"):
+        return printable(value)
+    return value
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class _Curve:
+    """The readings of one metric, in the order of the log."""
+
+    kept: list[list[Point]] = field(default_factory=list)
+    undone: list[list[Point]] = field(default_factory=list)
+    withheld: list[Point] = field(default_factory=list)
+    open: list[Point] = field(default_factory=list)
+    """Since the last promotion; a restored snapshot would undo these."""
+
+    def settle(self, *, kept: bool) -> None:
+        if self.open:
+            (self.kept if kept else self.undone).append(self.open)
+            self.open = []
+
+
+@dataclass(slots=True)
+class _Example:
+    """Calls that ended alike, with one of them to look at."""
+
+    how: str
+    count: int = 0
+    code: str = ""
+    cycle: int | None = None
+
+
+class _Told:
+    """The story of a run and what the charts need beside it."""
+
+    def __init__(self) -> None:
+        self.story = query.Story()
+        self.curves: defaultdict[str, _Curve] = defaultdict(_Curve)
+        self.panels: list[tuple[int, dict[str, float], bool]] = []
+        self.starts: list[tuple[float, int]] = []
+        self.freezes: list[tuple[float, query.Freeze]] = []
+        self.examples: dict[str, _Example] = {}
+        self.people: list[Entry] = []
+        self._update = 0
+        self._codes: dict[str, str] = {}
+
+    def read(self, entries: Iterable[Entry]) -> str:
+        """Take in all records; where one was altered, stop there and say so."""
+        try:
+            for entry in entries:
+                self.feed(entry)
+        except AuditTamperedError as error:
+            return str(error)
+        finally:
+            for curve in self.curves.values():
+                curve.settle(kept=True)
+        return ""
+
+    def feed(self, entry: Entry) -> None:
+        self.story.feed(entry)
+        body = entry.body
+        match entry.type:
+            case "cycle.started":
+                self.starts.append((self._update + 0.5, entry.cycle or 0))
+            case "update.applied":
+                self._applied(body)
+            case "update.withheld":
+                self._withheld(body)
+            case "promotion.decided":
+                self.panels.append((entry.cycle or 0, query.panel_of(body), body.get("result") == "allow"))
+            case "promotion.applied":
+                self._settle(kept=True)
+            case "snapshot.restored" | "update.settled":
+                self._settle(kept=False)
+            case "freeze.entered":
+                at = number(body.get("update"))
+                self.freezes.append((self._update if at is None else at, self.story.freezes[-1]))
+            case "tool.decided" | "tool.finished" | "tool.lost":
+                self._call(entry)
+            case "resume.applied" | "policy.adopted" | "freeze.requested" | "note.added":
+                self.people.append(entry)
+            case _:
+                pass  # the story has it
+
+    def _settle(self, *, kept: bool) -> None:
+        for curve in self.curves.values():
+            curve.settle(kept=kept)
+
+    def _applied(self, body: Mapping[str, Any]) -> None:
+        first = int(body.get("from") or 0)
+        self._update = int(body.get("to") or 0)
+        for metric, values in _lists(body.get("readings")):
+            points = ((first + step, value) for step, value in enumerate(values))
+            self.curves[metric].open += [(at, value) for at, value in points if math.isfinite(value)]
+
+    def _withheld(self, body: Mapping[str, Any]) -> None:
+        at = number(body.get("update"))
+        for metric, values in _lists(body.get("readings")):
+            self.curves[metric].withheld += [(at or 0, value) for value in values]
+
+    def _call(self, entry: Entry) -> None:
+        body = entry.body
+        call = str(body.get("call"))
+        if entry.type == "tool.decided" and body.get("result") == "allow":
+            self._codes[call] = str(body.get("code_head", ""))
+            return
+        code = str(body.get("code_head", "")) or self._codes.pop(call, "")
+        if entry.type == "tool.decided":
+            how = f"refused by {body.get('rule')}: {body.get('reason')}"
+        elif entry.type == "tool.lost":
+            how = f"lost: {body.get('reason')}"
+        elif body.get("status") in CONTAINED:
+            how = f"contained: {body.get('status')}"
+        else:
+            return
+        example = self.examples.setdefault(how, _Example(how, code=code[:_CODE_CHARS], cycle=entry.cycle))
+        example.count += 1
+
+
+def _lists(readings: Any) -> Iterator[tuple[str, list[float]]]:
+    """Readings by metric; a single value is a list of one, what is no number is NaN and drawn as such."""
+    if not isinstance(readings, dict):
+        return
+    for metric, raw in readings.items():
+        values = raw if isinstance(raw, list) else [raw]
+        yield metric, [math.nan if (value := number(item)) is None else value for item in values]
+
+
+# -- drawing -----------------------------------------------------------------------------------------------------------
+
+
+def thin(points: Sequence[Point], *, most: int = MOST_POINTS) -> list[Point]:
+    """At most so many points, with the lowest and the highest of each stretch kept where they were."""
+    if len(points) <= most:
+        return list(points)
+    buckets = most // 2
+    kept: list[Point] = []
+    for bucket in range(buckets):
+        stretch = points[bucket * len(points) // buckets : (bucket + 1) * len(points) // buckets]
+        ends = {min(stretch, key=lambda point: point[1]), max(stretch, key=lambda point: point[1])}
+        kept += sorted(ends)
+    return kept
+
+
+def ticks(low: float, high: float, *, most: int = 5) -> list[float]:
+    """Round values between two ends, for an axis."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / most
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(step for factor in (1, 2, 5, 10) if (step := factor * power) >= raw)
+    first = math.ceil(low / step - 1e-9)
+    return [(first + count) * step for count in range(most + 2) if (first + count) * step <= high + step * 1e-9]
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where values lie on a drawing. SVG counts down from the top."""
+
+    left: float
+    right: float
+    top: float
+    bottom: float
+    low_x: float
+    high_x: float
+    low_y: float
+    high_y: float
+
+    def x(self, value: float) -> float:
+        span = self.high_x - self.low_x or 1.0
+        return round(self.left + (value - self.low_x) / span * (self.right - self.left), 1)
+
+    def y(self, value: float) -> float:
+        span = self.high_y - self.low_y or 1.0
+        share = min(1.0, max(0.0, (value - self.low_y) / span))
+        return round(self.bottom - share * (self.bottom - self.top), 1)
+
+    def path(self, points: Sequence[Point]) -> str:
+        placed = [f"{self.x(x):g} {self.y(y):g}" for x, y in points]
+        # A single point still shows, as a line of no length with round ends.
+        return f"M{'L'.join(placed if len(placed) > 1 else placed * 2)}"
+
+    def holds(self, value: float) -> bool:
+        return self.low_y <= value <= self.high_y
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A sign on a drawing, with what it says when pointed at."""
+
+    x: float
+    y: float
+    text: str
+    kind: str = ""
+    y2: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing in numbers; the template gives it colours."""
+
+    name: str
+    width: float
+    height: float
+    frame: _Frame
+    last: str
+    kept: tuple[str, ...]
+    undone: tuple[str, ...]
+    marks: tuple[Mark, ...]
+    ranges: tuple[Mark, ...]
+    freezes: tuple[Mark, ...]
+    cycles: tuple[Mark, ...]
+    x_ticks: tuple[Mark, ...]
+    y_ticks: tuple[Mark, ...]
+
+
+def _curve_chart(name: str, curve: _Curve, told: _Told) -> Chart:
+    width, height = _CHART
+    kept = [point for stretch in curve.kept for point in stretch]
+    undone = [point for stretch in curve.undone for point in stretch]
+    everything = kept + undone or [(at, 0.0) for at, _ in curve.withheld]
+    low, high = _range(kept or undone, undone + curve.withheld)
+    edge = [x for x, _ in everything] + [x for x, _ in curve.withheld]
+    frame = _Frame(56, width - 14, 22, height - 24, min(edge), max(edge), low, high)
+    share = max(1, len(everything))
+    return Chart(
+        name=name,
+        width=width,
+        height=height,
+        frame=frame,
+        last=query.amount(kept[-1][1]) if kept else "",
+        kept=tuple(_paths(frame, _joined(curve.kept), share)),
+        undone=tuple(_paths(frame, curve.undone, share)),
+        marks=tuple(_withheld_mark(frame, x, y) for x, y in curve.withheld),
+        ranges=tuple(_range_marks(frame, name, told.freezes)),
+        freezes=tuple(Mark(frame.x(x), frame.top, freeze.id) for x, freeze in told.freezes if x >= frame.low_x),
+        cycles=tuple(_cycle_marks(frame, told.starts)),
+        x_ticks=tuple(Mark(frame.x(x), frame.bottom, f"{x:,.0f}") for x in ticks(frame.low_x, frame.high_x, most=8)),
+        y_ticks=tuple(Mark(frame.left, frame.y(y), f"{y:.4g}") for y in ticks(low, high, most=6)),
+    )
+
+
+def _joined(stretches: Sequence[list[Point]]) -> list[list[Point]]:
+    """Stretches that follow one another, as one line each."""
+    lines: list[list[Point]] = []
+    for stretch in stretches:
+        if lines and lines[-1][-1][0] < stretch[0][0]:
+            lines[-1] = lines[-1] + stretch
+        else:
+            lines.append(stretch)
+    return lines
+
+
+def _paths(frame: _Frame, stretches: Sequence[list[Point]], total: int) -> Iterator[str]:
+    for stretch in stretches:
+        most = max(4, MOST_POINTS * len(stretch) // total)
+        yield frame.path(thin(stretch, most=most))
+
+
+def _range(main: Sequence[Point], others: Sequence[Point]) -> tuple[float, float]:
+    """What the vertical axis shows: all that was kept, and the rest as far as it does not squash it."""
+    values = [y for _, y in main] or [0.0]
+    low, high = min(values), max(values)
+    span = (high - low) or abs(high) or 1.0
+    near = [y for _, y in others if math.isfinite(y) and low - span <= y <= high + span]
+    low, high = min([low, *near]), max([high, *near])
+    pad = ((high - low) or span) * 0.06
+    return low - pad, high + pad
+
+
+def _withheld_mark(frame: _Frame, x: float, y: float) -> Mark:
+    text = f"withheld: {query.amount(y)} at update {x:,.0f}"
+    if math.isfinite(y):
+        inside = frame.holds(y)
+        return Mark(frame.x(x), frame.y(y), text if inside else f"{text} (off this scale)", "in" if inside else "off")
+    return Mark(frame.x(x), frame.top + 6, text, "off")
+
+
+def _range_marks(frame: _Frame, metric: str, freezes: Sequence[tuple[float, query.Freeze]]) -> Iterator[Mark]:
+    """The range that was expected where a freeze tripped on this metric."""
+    for x, freeze in freezes:
+        for signal in freeze.body.get("signals") or ():
+            if not isinstance(signal, dict) or signal.get("metric") != metric:
+                continue
+            low, high = number(signal.get("low")), number(signal.get("high"))
+            top = frame.y(frame.high_y if high is None else high)
+            bottom = frame.y(frame.low_y if low is None else low)
+            yield Mark(frame.x(x), top, f"expected {query.expected(signal)}", y2=bottom)
+            break
+
+
+def _cycle_marks(frame: _Frame, starts: Sequence[tuple[float, int]]) -> Iterator[Mark]:
+    shown = -math.inf
+    for at, cycle in starts:
+        x = frame.x(max(at, frame.low_x))
+        if at <= frame.high_x and x - shown >= 22:
+            yield Mark(x, frame.top, str(cycle))
+            shown = x
+
+
+def _panel_chart(name: str, told: _Told) -> Chart:
+    width, height = _SMALL
+    points = [(cycle, panel[name], ok) for cycle, panel, ok in told.panels if name in panel]
+    finite = [(float(cycle), value) for cycle, value, _ in points if math.isfinite(value)]
+    promoted = [(float(cycle), value) for cycle, value, ok in points if ok and math.isfinite(value)]
+    low, high = _range(finite, ())
+    cycles = [cycle for cycle, _, _ in told.panels]
+    frame = _Frame(44, width - 12, 12, height - 20, min(cycles), max(cycles), low, high)
+    marks = (
+        Mark(frame.x(cycle), frame.y(value), f"cycle {cycle}: {query.amount(value)}", "ok" if ok else "no")
+        for cycle, value, ok in points
+    )
+    return Chart(
+        name=name,
+        width=width,
+        height=height,
+        frame=frame,
+        last=query.amount(promoted[-1][1]) if promoted else "",
+        kept=(frame.path(promoted),) if promoted else (),
+        undone=(),
+        marks=tuple(marks),
+        ranges=(),
+        freezes=(),
+        cycles=(),
+        x_ticks=tuple(
+            Mark(frame.x(x), frame.bottom, f"{x:g}") for x in ticks(frame.low_x, frame.high_x) if x == int(x)
+        ),
+        y_ticks=tuple(Mark(frame.left, frame.y(y), f"{y:.3g}") for y in ticks(low, high, most=5)),
+    )
+
+
+# -- what the template sees --------------------------------------------------------------------------------------------
+
+
+class _View:
+    """Everything that the template prints, ready to print."""
+
+    def __init__(self, told: _Told, verification: Verification, run_dir: Path, cut: str) -> None:
+        self.told = told
+        self.story = told.story
+        self.verification = verification
+        self.findings = [_without(run_dir, text) for text in verification.findings]
+        self.notes = [_without(run_dir, text) for text in verification.notes]
+        self.cut = _without(run_dir, cut)
+        self.mood = _mood(verification.code)
+        # Beside the log on purpose: a latch that nobody acknowledged yet freezes too.
+        self.latched = (run_dir / "latch").exists() and self.story.frozen is None
+        self.state = "frozen" if self.latched else self.story.state
+
+    @property
+    def totals(self) -> list[tuple[str, str, str]]:
+        """(label, value, mood) of the tiles."""
+        cycles = self.story.cycles
+        promoted = sum(cycle.result == "promoted" for cycle in cycles)
+        refused, contained = sum(cycle.refused for cycle in cycles), sum(cycle.contained for cycle in cycles)
+        waiting = self.story.frozen is not None
+        return [
+            ("promoted cycles", f"{promoted:,}", ""),
+            ("updates applied", f"{sum(cycle.updates for cycle in cycles):,}", ""),
+            ("tool calls", f"{sum(cycle.calls for cycle in cycles):,}", ""),
+            ("refused", f"{refused:,}", ""),
+            ("contained", f"{contained:,}", ""),
+            ("quarantined", f"{sum(sum(cycle.quarantined.values()) for cycle in cycles):,}", ""),
+            ("freezes", f"{len(self.story.freezes):,}", "bad" if waiting else ""),
+        ]
+
+    @property
+    def curves(self) -> list[Chart]:
+        """Loss and gradient norm first, then the others by name."""
+        known = {"loss": 0, "grad_norm": 1}
+        names = sorted(self.told.curves, key=lambda name: (known.get(name, 2), name))
+        drawn = [name for name in names if _drawable(self.told.curves[name])]
+        return [_curve_chart(name, self.told.curves[name], self.told) for name in drawn[:_MOST_CURVES]]
+
+    @property
+    def panels(self) -> list[Chart]:
+        """One small chart for each capability metric."""
+        names = sorted({name for _, panel, _ in self.told.panels for name in panel})
+        return [_panel_chart(name, self.told) for name in names]
+
+    @property
+    def panel_names(self) -> list[str]:
+        """The columns of the table of cycles."""
+        return sorted({name for cycle in self.story.cycles for name in cycle.panel})
+
+    @property
+    def freezes(self) -> list[query.Freeze]:
+        """The newest first."""
+        return list(reversed(self.story.freezes))
+
+    def rows(self, freeze: query.Freeze) -> list[tuple[str, str]]:
+        """The lines of a freeze's card."""
+        rows = [
+            ("value", query.value_told(freeze)),
+            ("since", query.since_told(freeze)),
+            ("before it", query.before_told(freeze)),
+            ("weights", query.weights_told(freeze)),
+            ("actor", query.actor_told(freeze)),
+            ("evidence", str(freeze.body.get("capsule") or "")),
+        ]
+        return [(label, text) for label, text in rows if text]
+
+    @property
+    def statuses(self) -> list[str]:
+        """Every way in which calls came back, the good one first."""
+        seen = {status for cycle in self.story.cycles for status in cycle.outcomes}
+        return sorted(seen, key=lambda status: (status != "ok", status in CONTAINED, status))
+
+    def bar(self, cycle: query.CycleTold) -> list[tuple[str, str, float]]:
+        """(status, mood, percent) of one cycle's calls."""
+        parts = [(status, _status_mood(status), cycle.outcomes[status]) for status in self.statuses]
+        parts.append(("refused", "bad", cycle.refused))
+        total = sum(count for _, _, count in parts)
+        return [(name, mood, round(100 * count / total, 2)) for name, mood, count in parts if count]
+
+    @property
+    def examples(self) -> list[_Example]:
+        """The most frequent ways in which calls were stopped."""
+        ranked = sorted(self.told.examples.values(), key=lambda example: (-example.count, example.how))
+        return ranked[:_MOST_EXAMPLES]
+
+    @property
+    def quarantine(self) -> list[tuple[str, int, str]]:
+        """(reason, records, cycles) of what was held back."""
+        counts: Counter[str] = Counter()
+        cycles: defaultdict[str, list[int]] = defaultdict(list)
+        for cycle in self.story.cycles:
+            counts.update(cycle.quarantined)
+            for reason in cycle.quarantined:
+                cycles[reason].append(cycle.number)
+        return [(reason, count, _spans(cycles[reason])) for reason, count in sorted(counts.items(), key=_by_count)]
+
+    def person(self, entry: Entry) -> tuple[str, str, str]:
+        """(who, did what, said what) of a record that a person caused."""
+        body = entry.body
+        who = str(body.get("by") or entry.actor.get("id", ""))
+        did = entry.type.replace(".", " ")
+        if entry.type == "policy.adopted":
+            return who, did, f"{query.short(body.get('from'))} to {query.short(body.get('to'))}, {body.get('change')}"
+        return who, did, str(body.get("reason") or body.get("text") or "")
+
+
+def _by_count(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
+
+
+def _drawable(curve: _Curve) -> bool:
+    return bool(curve.kept or curve.undone or curve.withheld)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """1, 2, 3, 7 as `1-3, 7`."""
+    ordered = sorted(set(numbers))
+    starts = [ordered[0], *(b for a, b in pairwise(ordered) if b != a + 1)]
+    ends = [*(a for a, b in pairwise(ordered) if b != a + 1), ordered[-1]]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))
+
+
+def _status_mood(status: str) -> str:
+    if status == "ok":
+        return "good"
+    return "bad" if status in CONTAINED else "warn"
+
+
+def _mood(code: int) -> str:
+    if code == OK:
+        return "good"
+    return "warn" if code in {WARN, UNANCHORED} else "bad"
+
+
+def _without(run_dir: Path, text: str) -> str:
+    """A finding without the place of the folder, so that a copy gives the same report."""
+    return text.replace(f"{run_dir}/", "")

@@ -1,0 +1,425 @@
+"""Run tool calls inside locked-down Docker containers.
+
+Covered: the network, the host's files and processes, memory, process count, CPU, disk, output size, wall-clock time;
+whatever a call leaves behind dies with it, and the next call starts from a proven clean cell.
+
+Not covered: bugs in the kernel (choose `runtime: runsc` when that matters), timing side channels between cells on one
+machine, and what a result talks its reader into. `docs/threat-model.md` has the long list.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import secrets
+import threading
+import time
+import weakref
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import docker
+import docker.errors
+import requests
+
+from loopguard.errors import SandboxUnavailableError
+from loopguard.sandbox import attest, owner, wire
+from loopguard.sandbox.base import shipped
+from loopguard.sandbox.pool import Pool
+from loopguard.types import Outcome, ToolCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from loopguard.sandbox.base import CellSpec, EventSink
+
+OWNER, RUN, DEADLINE = "loopguard.owner", "loopguard.run", "loopguard.deadline"
+"""Labels of every cell: whose it is, of which run, and when it may be swept away whoever owns it (seconds, UTC)."""
+
+_SUPERVISOR = "/opt/loopguard/supervisor.py"
+_ENGINE_S = 20
+_START_S = 30
+_GRACE_S = 10
+_SETTLE_S = 15
+_WAIT_S = 60
+_IDLE_S = 900
+_LIFETIME_S = 24 * 3600
+_FIRST_UID, _LAST_UID = 10_000, 65_000
+_INODES = 8192
+_TOOLS = ("python", "sh")
+_RUNSC_PROCESSES = 48
+
+_live: weakref.WeakSet[DockerCell] = weakref.WeakSet()
+_runtimes: weakref.WeakSet[DockerRuntime] = weakref.WeakSet()
+
+
+class DockerCell:
+    """One container with our supervisor as its PID 1, from `create` to `remove`.
+
+    The container ends when this process does: its standard input is attached once, by us, and its PID 1 leaves at the end
+    of it.
+    """
+
+    def __init__(self, spec: CellSpec, *, run_id: str, on_event: EventSink) -> None:
+        self.calls = 0
+        self.name = f"lg-{run_id}-{secrets.token_hex(4)}"
+        self.facts: dict[str, Any] = {}
+        self._spec = spec
+        self._on_event = on_event
+        self._end = threading.Lock()
+        self._killed = False
+        self._gone = False
+        self._engine = _connect()
+        try:
+            self._id: str = self._create(run_id)
+            # Attach before start, and exactly once: the engine closes the cell's standard input with this connection.
+            self._raw = self._engine.attach_socket(self._id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            self._socket = self._raw._sock
+            self._channel = wire.Channel(self._socket)
+            _live.add(self)
+            self._engine.start(self._id)
+            self._greet()
+        except (docker.errors.DockerException, requests.RequestException, wire.LostError, TimeoutError) as error:
+            self.destroy("stillborn")
+            raise SandboxUnavailableError(f"a cell could not be started: {_said(error)}") from error
+        except BaseException:
+            self.destroy("stillborn")
+            raise
+        on_event("sandbox.created", {"cell": self.name, "image": spec.image, **self.facts})
+
+    def call(self, call: ToolCall) -> Outcome:
+        """Run a call. Raises SandboxUnavailableError where the cell was lost or killed under it."""
+        limits = self._spec.limits
+        code = call.code.encode("utf-8", errors="surrogatepass")
+        header = {
+            "id": call.id,
+            "tool": call.tool,
+            "code_bytes": len(code),
+            "wall_s": limits.wall_s,
+            "cpus": limits.cpus,
+            "tmpfs_mib": limits.tmpfs_mib,
+            "output_bytes": limits.output_kib << 10,
+            "flood_bytes": limits.flood_mib << 20,
+        }
+        self.calls += 1
+        started = time.monotonic()
+        try:
+            self._channel.send(wire.CALL, header, code + call.stdin, timeout_s=_GRACE_S)
+            frame = self._channel.receive(wire.RESULT, timeout_s=limits.wall_s + _GRACE_S)
+            return _outcome(call, frame)
+        except wire.LostError as lost:
+            if self._killed:
+                raise SandboxUnavailableError("the call was killed by a freeze") from lost
+            if self._out_of_memory():
+                return Outcome(call_id=call.id, status="oom", wall_ms=(time.monotonic() - started) * 1e3)
+            raise SandboxUnavailableError(f"cell {self.name} died under a call: {lost}") from lost
+        except TimeoutError as late:
+            raise SandboxUnavailableError(f"cell {self.name} did not answer within its deadline") from late
+
+    def settle(self) -> str:
+        """Wait for the second frame of a call, which says whether the cell is clean."""
+        if self._spec.mode == "fresh":
+            return "used once"
+        try:
+            frame = self._channel.receive(wire.CLEAN, timeout_s=_SETTLE_S)
+        except (wire.LostError, wire.ProtocolError, TimeoutError) as error:
+            return f"not clean: {_said(error)}"
+        doubt = frame.header.get("doubt")
+        return "" if doubt == "" else f"not clean: {doubt}"
+
+    def kill(self) -> None:
+        """End the call that runs in it, now."""
+        self._killed = True
+        with suppress(docker.errors.DockerException, requests.RequestException):
+            # A client of its own: the other thread may be in the middle of a request.
+            _connect().kill(self._id)
+        wire.shut(self._socket)
+
+    def destroy(self, reason: str) -> None:
+        """Take the container down. Once; later calls do nothing."""
+        with self._end:
+            if self._gone:
+                return
+            self._gone = True
+        # The stream first: an engine with an undrained stream hangs in kill and remove.
+        if hasattr(self, "_socket"):
+            wire.shut(self._socket)
+            self._raw.close()
+        if hasattr(self, "_id"):
+            with suppress(docker.errors.DockerException, requests.RequestException):
+                # What is not removed here ends by itself and is swept up at the next start.
+                self._engine.remove_container(self._id, force=True, v=True)
+            self._on_event("sandbox.removed", {"cell": self.name, "reason": reason, "calls": self.calls})
+        self._engine.close()
+
+    def drop(self) -> None:
+        """In a forked child: let go of the stream without a word, so that the parent's end is the only one."""
+        with suppress(OSError):
+            os.close(self._socket.fileno())
+
+    def _create(self, run_id: str) -> str:
+        spec = self._spec
+        slots = (_LAST_UID - _FIRST_UID) // (spec.calls_per_cell + 2)
+        first_uid = _FIRST_UID + 1 + secrets.randbelow(max(slots, 1)) * (spec.calls_per_cell + 2)
+        options = {
+            "first_uid": first_uid,
+            "nproc": _RUNSC_PROCESSES if spec.runtime == "runsc" else 0,
+            "idle_s": _IDLE_S,
+            "preload": list(spec.preload),
+        }
+        created = self._engine.create_container_from_config(
+            {
+                "Image": spec.image,
+                "Cmd": ["python3", "-I", _SUPERVISOR, json.dumps(options)],
+                "Entrypoint": [],
+                "User": "0:0",
+                "Env": ["PATH=/usr/local/bin:/usr/bin:/bin", "LANG=C.UTF-8", "OMP_NUM_THREADS=1"],
+                "WorkingDir": "/",
+                "OpenStdin": True,
+                "StdinOnce": True,
+                "AttachStdin": True,
+                "AttachStdout": True,
+                "AttachStderr": True,
+                "Tty": False,
+                "NetworkDisabled": True,
+                "StopSignal": "SIGKILL",
+                "Healthcheck": {"Test": ["NONE"]},
+                "Labels": {OWNER: owner.me(), RUN: run_id, DEADLINE: str(int(time.time()) + _LIFETIME_S)},
+                "HostConfig": host_config(spec),
+            },
+            self.name,
+        )
+        return str(created["Id"])
+
+    def _greet(self) -> None:
+        hello = self._channel.receive(wire.HELLO, timeout_s=_START_S)
+        found = self._engine.inspect_container(self._id)
+        asked = host_config(self._spec)
+        differs = attest.differences(asked, found["HostConfig"])
+        if not found["Config"].get("StdinOnce"):
+            differs.append("StdinOnce is off: the cell would outlive its owner")
+        differs += [f"{mount} has mode {mode}" for mount, mode in hello.header["mounts"].items() if mode != "0o41777"]
+        if differs:
+            raise SandboxUnavailableError(
+                f"the engine did not apply what the guard policy asks for: {'; '.join(differs)}"
+            )
+        self.facts = {
+            "runtime": found["HostConfig"]["Runtime"],
+            "image_id": found["Image"],
+            "python": hello.header["python"],
+            "counters": hello.header["counters"],
+            "attested": len(asked) + len(attest.MUST_BE) + len(attest.MUST_BE_EMPTY),
+        }
+
+    def _out_of_memory(self) -> bool:
+        with suppress(docker.errors.DockerException, requests.RequestException):
+            return bool(_connect().inspect_container(self._id)["State"].get("OOMKilled"))
+        return False
+
+
+class DockerRuntime:
+    """A pool of cells on one Docker engine. Lives from `start` to `close`, at the latest to the end of the process."""
+
+    def __init__(
+        self,
+        spec: CellSpec,
+        *,
+        run_id: str,
+        on_event: EventSink,
+        make_cell: Callable[[], DockerCell] | None = None,
+    ) -> None:
+        self._spec = spec
+        self._run_id = run_id
+        self._on_event = on_event
+        self._facts: dict[str, Any] = {}
+        self._make_cell = make_cell or self._new_cell
+        self._pool: Pool | None = None
+        _runtimes.add(self)
+
+    def start(self) -> None:
+        """Check engine, image and runtime, sweep up what dead loops left, warm the cells."""
+        from loopguard.sandbox.reaper import reap
+
+        engine = _connect()
+        try:
+            info = engine.info()
+            self._check(engine, info)
+        except (docker.errors.DockerException, requests.RequestException) as error:
+            raise SandboxUnavailableError(f"the Docker engine does not answer as it should: {_said(error)}") from error
+        finally:
+            engine.close()
+        for name in reap():
+            self._on_event("sandbox.reaped", {"cell": name})
+        spec = self._spec
+        wait_s = _WAIT_S + spec.limits.wall_s
+        self._pool = Pool(self._make_cell, size=spec.cells, calls_per_cell=spec.calls_per_cell, wait_s=wait_s)
+        try:
+            self._pool.start()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, call: ToolCall) -> Outcome:
+        """Run one call in a clean cell."""
+        if self._pool is None:
+            raise SandboxUnavailableError("the sandbox is not running")
+        if call.tool not in _TOOLS:
+            raise SandboxUnavailableError(f"no cell can run the tool {call.tool!r}; there are {', '.join(_TOOLS)}")
+        return self._pool.run(call)
+
+    def kill_running(self) -> int:
+        """End every call that runs now."""
+        return self._pool.kill_running() if self._pool is not None else 0
+
+    def close(self) -> None:
+        """Remove every container of this runtime."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    def facts(self) -> dict[str, Any]:
+        """The engine and what it applied to the cell that was made last."""
+        return dict(self._facts)
+
+    def _new_cell(self) -> DockerCell:
+        cell = DockerCell(self._spec, run_id=self._run_id, on_event=self._on_event)
+        self._facts |= cell.facts
+        return cell
+
+    def _check(self, engine: Any, info: dict[str, Any]) -> None:
+        runtimes = sorted(info.get("Runtimes", {}))
+        if self._spec.runtime not in runtimes:
+            raise SandboxUnavailableError(
+                f"the guard policy asks for the runtime {self._spec.runtime}, and this engine has {', '.join(runtimes)}: "
+                f"register it with the engine, or choose another in sandbox.profiles"
+            )
+        try:
+            engine.inspect_image(self._spec.image)
+        except docker.errors.ImageNotFound:
+            raise SandboxUnavailableError(
+                f"the image {self._spec.image} is not here: run `loopguard sandbox build`"
+            ) from None
+        self._facts = {"engine": info["ServerVersion"], "cgroup": info.get("CgroupVersion", "1"), "driver": info["Driver"]}
+
+
+def host_config(spec: CellSpec) -> dict[str, Any]:
+    """What the engine is asked to apply to a cell, in its own words (HostConfig of the Docker API)."""
+    limits = spec.limits
+    memory = limits.memory_mib << 20
+    half = max(1, limits.tmpfs_mib // 2)
+    writable = "rw,nosuid,nodev,exec,mode=1777,size={}m,nr_inodes={}"
+    return {
+        "NetworkMode": "none",
+        "CapDrop": ["ALL"],
+        "CapAdd": ["SETGID", "SETUID"],
+        "SecurityOpt": ["no-new-privileges:true", f"seccomp={_seccomp()}"],
+        "ReadonlyRootfs": True,
+        "Tmpfs": {
+            "/job": writable.format(limits.tmpfs_mib, _INODES),
+            "/tmp": writable.format(half, _INODES // 2),  # noqa: S108 - inside the cell
+            "/dev/shm": writable.format(half, _INODES // 2),  # noqa: S108 - inside the cell
+            "/dev/mqueue": "ro,size=4k",
+        },
+        "IpcMode": "private",
+        "Memory": memory,
+        "MemorySwap": memory,
+        # A process of gVisor's own counts here too, and reaching this limit would crash it; RLIMIT_NPROC holds there.
+        "PidsLimit": 4096 if spec.runtime == "runsc" else limits.pids + 2,
+        "NanoCpus": int(limits.cpus * 1e9),
+        "OomScoreAdj": 500,
+        "Ulimits": [
+            {"Name": "core", "Soft": 0, "Hard": 0},
+            {"Name": "memlock", "Soft": 0, "Hard": 0},
+            {"Name": "msgqueue", "Soft": 0, "Hard": 0},
+            {"Name": "nofile", "Soft": 1024, "Hard": 1024},
+        ],
+        "LogConfig": {"Type": "none", "Config": {}},
+        "RestartPolicy": {"Name": "no", "MaximumRetryCount": 0},
+        "AutoRemove": False,
+        "Runtime": spec.runtime,
+    }
+
+
+def containers() -> list[dict[str, Any]]:
+    """Every cell of every owner on this engine: `Id`, `Names`, `Labels`. Raises SandboxUnavailableError."""
+    engine = _connect()
+    try:
+        # The plain list: asking for each container in turn would hang on one that is being torn down.
+        return list(engine.containers(all=True, filters={"label": [OWNER]}))
+    except (docker.errors.DockerException, requests.RequestException) as error:
+        raise SandboxUnavailableError(f"the Docker engine does not list its containers: {_said(error)}") from error
+    finally:
+        engine.close()
+
+
+def remove(container_id: str) -> bool:
+    """Remove a container by force; whether that worked."""
+    engine = _connect()
+    try:
+        engine.remove_container(container_id, force=True, v=True)
+    except (docker.errors.DockerException, requests.RequestException):
+        return False
+    else:
+        return True
+    finally:
+        engine.close()
+
+
+def _connect() -> Any:
+    """A client of its own for each use: the client's connections are not made to be shared between threads."""
+    try:
+        client = docker.APIClient(
+            **docker.utils.kwargs_from_env(), version="auto", timeout=_ENGINE_S
+        )
+    except docker.errors.DockerException as error:
+        where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        raise SandboxUnavailableError(
+            f"no Docker engine answers at {where}: start Docker, or run `loopguard sandbox build`"
+        ) from error
+    return client
+
+
+def _seccomp() -> str:
+    """The profile's contents on one line; the engine wants no path."""
+    return json.dumps(json.loads(shipped("seccomp.json").read_text(encoding="utf-8")), separators=(",", ":"))
+
+
+def _outcome(call: ToolCall, frame: wire.Frame) -> Outcome:
+    header = frame.header
+    if header.get("id") != call.id:
+        raise wire.ProtocolError(f"the result is for call {header.get('id')!r}, not for {call.id!r}")
+    if header.get("fork_error"):
+        raise SandboxUnavailableError(f"the cell could not start a process: {os.strerror(header['fork_error'])}")
+    kept = header["stdout_kept"]
+    return Outcome(
+        call_id=call.id,
+        status=header["status"],
+        exit_code=header["exit_code"],
+        signal=header["signal"],
+        stdout=frame.payload[:kept],
+        stderr=frame.payload[kept:],
+        stdout_bytes=header["stdout_bytes"],
+        stderr_bytes=header["stderr_bytes"],
+        wall_ms=header["wall_ms"],
+        leftovers=header["leftovers"],
+    )
+
+
+def _said(error: BaseException) -> str:
+    """The useful part of what an engine or a cell said."""
+    return str(getattr(error, "explanation", None) or error) or type(error).__name__
+
+
+def _in_child() -> None:
+    for cell in list(_live):
+        cell.drop()
+
+
+def _at_exit() -> None:
+    for runtime in list(_runtimes):
+        runtime.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
+atexit.register(_at_exit)

@@ -1,0 +1,29 @@
+"""Sweep up the cells of dead loops.
+
+A cell ends by itself when its owner does; this is the second line, for owners that were stopped rather than killed and
+for containers that ended without being removed. Only containers with LoopGuard's labels are looked at, and of those only
+the ones whose owner is surely dead, or whose deadline has passed.
+"""
+
+from __future__ import annotations
+
+import time
+
+from loopguard.sandbox import owner
+
+
+def reap() -> list[str]:
+    """Remove what dead owners left; gives the names. Raises SandboxUnavailableError where no engine answers."""
+    from loopguard.sandbox.docker import DEADLINE, OWNER, containers, remove
+
+    removed = []
+    for container in containers():
+        labels = container.get("Labels") or {}
+        if is_orphan(labels.get(OWNER, ""), labels.get(DEADLINE, ""), now_s=time.time()) and remove(container["Id"]):
+            removed.append(str(container["Names"][0]).lstrip("/"))
+    return removed
+
+
+def is_orphan(whose: str, deadline: str, *, now_s: float) -> bool:
+    """Whether a cell with these labels may be removed by anyone. A deadline that cannot be read has not passed."""
+    return owner.is_dead(whose) or (deadline.isdigit() and int(deadline) < now_s)

@@ -1,0 +1,586 @@
+"""PID 1 of a cell: runs one tool call after the other, each in a process of its own, and cleans up behind it.
+
+Standard library only; it is baked into the image and never shares a process with user code. It holds no secret.
+
+    PID 1 (this file, root with nothing but SETUID and SETGID)
+      zygote (this file again, with --zygote: imports what the policy preloads, then only forks)
+        one child per call, under a user id that was never used before in this cell
+      janitor (a fork of PID 1 that becomes that user id and deletes what it wrote)
+
+Frames on standard input and output: magic "LG", type, header length, payload length, JSON header, payload. The result of
+a call is sent before the cell is cleaned, and a second frame says whether it came out clean. When standard input ends,
+the controller is gone, and the cell ends with it.
+"""
+
+import array
+import contextlib
+import ctypes
+import errno
+import json
+import os
+import resource
+import select
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+
+HEAD = struct.Struct(">2sBxII")
+MAGIC = b"LG"
+HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
+MAX_HEADER, MAX_PAYLOAD = 1 << 16, 64 << 20
+WRITABLE = ("/job", "/tmp", "/dev/shm")
+UID_SPAN = 60_000
+CLEAN_S = 2.0
+JANITOR_S = 5
+UNCATCHABLE = {signal.SIGKILL, signal.SIGSTOP}
+PR_SET_DUMPABLE = 4
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def set_dumpable(value):
+    # Not dumpable: other users see neither memory, descriptors nor environment of this process under /proc.
+    libc.prctl(PR_SET_DUMPABLE, value, 0, 0, 0)
+
+
+def become(uid):
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+# --- what the kernel counted -------------------------------------------------------------------------------------------
+
+COUNTERS = {  # name: places, version 2 of control groups first, then version 1, as (file, key)
+    "oom": (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")),
+    "pids": (("pids.events", "max"), ("pids/pids.events", "max")),
+}
+
+
+def count(places):
+    """A counter of this cell's control group, or None where there is none (gVisor)."""
+    for file, key in places:
+        try:
+            with open("/sys/fs/cgroup/" + file) as lines:
+                for line in lines:
+                    name, _, value = line.partition(" ")
+                    if name == key:
+                        return int(value)
+        except OSError:
+            continue
+    return None
+
+
+def counters():
+    return {name: count(places) for name, places in COUNTERS.items()}
+
+
+def disk_is_full():
+    for mount in WRITABLE:
+        stat = os.statvfs(mount)
+        if stat.f_bavail == 0 or stat.f_favail == 0:
+            return True
+    return False
+
+
+# --- the zygote and the process of a call ------------------------------------------------------------------------------
+
+
+def zygote(channel, preload):
+    for module in preload:
+        __import__(module)
+    import gc
+    import linecache
+    import traceback
+    import types
+
+    tools = (linecache, traceback, types)
+    gc.collect()
+    gc.freeze()
+    channel.send(b"ready")
+    while True:
+        message, ancillary, _, _ = channel.recvmsg(4096, socket.CMSG_SPACE(16))
+        if not message:
+            os._exit(0)
+        descriptors = array.array("i")
+        descriptors.frombytes(ancillary[0][2][:16])
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid = -(error.errno or errno.EAGAIN)
+        if pid == 0:
+            call(json.loads(message), descriptors, tools)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.send(struct.pack(">ii", *((0, -pid) if pid < 0 else (os.waitpid(pid, 0)[1], 0))))
+
+
+def call(request, descriptors, tools):
+    try:
+        prepare(request, descriptors)
+        with open(3, "rb", closefd=True) as file:
+            code = file.read()
+        if request["tool"] == "sh":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            os.execv("/bin/sh", ["sh", "-c", code])
+        os._exit(run_python(code, tools) & 255)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.write(2, f"the call could not be started: {error!r}\n".encode())
+        os._exit(126)
+
+
+def prepare(request, descriptors):
+    os.setsid()
+    # Before the user changes: while not dumpable, the file belongs to root.
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+    stdin, stdout, stderr, code = descriptors
+    for target, descriptor in enumerate((stdin, stdout, stderr, code)):
+        os.dup2(descriptor, target + 16)
+    for target in range(4):
+        os.dup2(target + 16, target, inheritable=target < 3)
+    os.closerange(4, 4096)
+    cpu_s = int(request["wall_s"] * request["cpus"]) + 2
+    for name, value in (
+        (resource.RLIMIT_CPU, cpu_s),
+        (resource.RLIMIT_NOFILE, 256),
+        (resource.RLIMIT_FSIZE, request["tmpfs_mib"] << 20),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        resource.setrlimit(name, (value, value))
+    if request["nproc"]:
+        resource.setrlimit(resource.RLIMIT_NPROC, (request["nproc"], request["nproc"]))
+    become(request["uid"])
+    set_dumpable(1)
+    for number in signal.valid_signals() - UNCATCHABLE:
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    os.umask(0o077)
+    place = f"/job/{request['uid']}"
+    os.mkdir(place, 0o700)
+    os.chdir(place)
+    os.environ.clear()
+    os.environ.update(
+        PATH="/usr/local/bin:/usr/bin:/bin",
+        HOME=place,
+        TMPDIR=place,
+        LANG="C.UTF-8",
+        OMP_NUM_THREADS="1",
+        OPENBLAS_NUM_THREADS="1",
+    )
+
+
+def run_python(code, tools):
+    """Run code as a script would run, and give its exit status."""
+    linecache, traceback, types = tools
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
+    with open("main.py", "wb") as file:
+        file.write(code)
+    path = os.path.join(os.getcwd(), "main.py")
+    main = types.ModuleType("__main__")
+    main.__file__ = path
+    main.__builtins__ = __builtins__
+    sys.modules["__main__"] = main
+    sys.argv[:] = ["main.py"]
+    sys.path.insert(0, os.getcwd())
+    # New objects: the zygote's own were made for other descriptors.
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", 1, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    status = 0
+    try:
+        exec(compile(code, path, "exec"), main.__dict__)
+    except SystemExit as leave:
+        status = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
+        if leave.code is not None and not isinstance(leave.code, int):
+            print(leave.code, file=sys.stderr)
+    except BaseException as error:
+        linecache.checkcache(path)
+        here = error.__traceback__
+        traceback.print_exception(error.with_traceback(here.tb_next if here else None))
+        status = 1
+    import atexit
+    import threading
+
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    return status
+
+
+# --- the janitor -------------------------------------------------------------------------------------------------------
+
+
+def sweep(mount):
+    """Delete all that this user owns in a mount, however deep, without following a link and without recursion."""
+    stack = [(os.open(mount, os.O_RDONLY | os.O_DIRECTORY), None)]
+    uid = os.getuid()
+    while stack:
+        folder, name = stack[-1]
+        below = None
+        with os.scandir(folder) as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for entry, is_folder in found:
+            if len(stack) == 1 and os.stat(entry, dir_fd=folder, follow_symlinks=False).st_uid != uid:
+                continue
+            if not is_folder:
+                os.unlink(entry, dir_fd=folder)
+                continue
+            try:
+                os.rmdir(entry, dir_fd=folder)
+            except OSError:
+                os.chmod(entry, 0o700, dir_fd=folder)
+                below = entry
+                break
+        if below is None:
+            stack.pop()
+            os.close(folder)
+            if stack:
+                os.rmdir(name, dir_fd=stack[-1][0])
+        elif len(stack) < 100:
+            stack.append((os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder), below))
+        else:
+            # Deeper than we hold descriptors for: hang the branch further up and come back to it.
+            os.rename(below, f"deep-{time.monotonic_ns():x}", src_dir_fd=folder, dst_dir_fd=stack[1][0])
+
+
+def janitor(uid):
+    """Whether everything that this user wrote is gone."""
+    try:
+        pid = os.fork()
+    except OSError:
+        return False
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(JANITOR_S)
+            become(uid)
+            for mount in WRITABLE:
+                sweep(mount)
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+# --- PID 1 -------------------------------------------------------------------------------------------------------------
+
+
+class Stream:
+    """What a call wrote to one of its outputs: the head, the tail, and how much there was."""
+
+    def __init__(self, keep):
+        self.head, self.tail, self.total, self.half = bytearray(), bytearray(), 0, keep // 2
+
+    def take(self, data):
+        self.total += len(data)
+        room = self.half - len(self.head)
+        if room > 0:
+            self.head += data[:room]
+            data = data[room:]
+        self.tail += data
+        if len(self.tail) > 2 * self.half:
+            del self.tail[: -self.half]
+
+    def kept(self):
+        return bytes(self.head + self.tail[-self.half :])
+
+
+class Cell:
+    def __init__(self, *, first_uid, nproc, idle_s, preload):
+        self.first_uid, self.nproc, self.idle_s, self.preload = first_uid, nproc, idle_s, preload
+        self.calls = 0
+        self.inbox = bytearray()
+        self.start_zygote()
+
+    def start_zygote(self):
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.zygote = os.fork()
+        if self.zygote == 0:
+            nothing = os.open("/dev/null", os.O_RDWR)
+            os.dup2(nothing, 0)
+            os.dup2(nothing, 1)
+            os.dup2(nothing, 2)
+            theirs.set_inheritable(True)
+            # A fresh interpreter: it shares no memory with PID 1.
+            arguments = [sys.executable, "-I", __file__, "--zygote", str(theirs.fileno()), *self.preload]
+            os.execv(sys.executable, arguments)
+        theirs.close()
+        if self.channel.recv(16) != b"ready":
+            sys.exit("the zygote did not start; is every preloaded module in the image?")
+
+    # frames
+
+    def read_frame(self):
+        self.need(HEAD.size)
+        magic, kind, header_length, payload_length = HEAD.unpack_from(self.inbox)
+        if magic != MAGIC or kind != CALL or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
+            os._exit(70)
+        end = HEAD.size + header_length + payload_length
+        self.need(end)
+        header = json.loads(self.inbox[HEAD.size : HEAD.size + header_length])
+        payload = bytes(self.inbox[HEAD.size + header_length : end])
+        del self.inbox[:end]
+        return header, payload
+
+    def need(self, length):
+        while len(self.inbox) < length:
+            if not select.select([0], [], [], self.idle_s)[0]:
+                os._exit(0)
+            self.read_some()
+
+    def read_some(self):
+        data = os.read(0, 1 << 16)
+        if not data:
+            os._exit(0)
+        self.inbox += data
+
+    def send(self, kind, header, payload=b""):
+        text = json.dumps(header).encode()
+        frame = memoryview(HEAD.pack(MAGIC, kind, len(text), len(payload)) + text + payload)
+        while frame:
+            frame = frame[os.write(1, frame) :]
+
+    # one call
+
+    def serve(self, request, payload):
+        uid = self.first_uid + self.calls
+        self.calls += 1
+        if self.calls > UID_SPAN:
+            os._exit(71)
+        before, started = counters(), time.monotonic()
+        code, stdin = payload[: request["code_bytes"]], payload[request["code_bytes"] :]
+        streams, status, fork_error, why = self.run(uid, request, code, stdin, started)
+        wall_ms = (time.monotonic() - started) * 1e3
+        self.reap()
+        leftovers = len(self.strangers())
+        self.kill(uid)
+        after = counters()
+        rose = {name: (after[name] or 0) > (before[name] or 0) for name in before}
+        code_status = os.waitstatus_to_exitcode(status)
+        verdict = self.verdict(why, code_status, rose)
+        out, err = streams
+        kept = out.kept()
+        self.send(
+            RESULT,
+            {
+                "id": request["id"],
+                "status": verdict,
+                "exit_code": code_status if code_status >= 0 and not why else None,
+                "signal": -code_status if code_status < 0 else None,
+                "fork_error": fork_error,
+                "stdout_bytes": out.total,
+                "stderr_bytes": err.total,
+                "stdout_kept": len(kept),
+                "wall_ms": round(wall_ms, 3),
+                "leftovers": leftovers,
+            },
+            kept + err.kept(),
+        )
+        doubt = self.clean(uid) or ("memory limit reached" if rose["oom"] else "")
+        self.send(CLEAN, {"id": request["id"], "doubt": doubt})
+
+    def run(self, uid, request, code, stdin, started):
+        pipes = [os.pipe() for _ in range(3)]
+        theirs = [pipes[0][0], pipes[1][1], pipes[2][1], code_file(code)]
+        to_stdin, from_out, from_err = pipes[0][1], pipes[1][0], pipes[2][0]
+        message = {
+            "uid": uid,
+            "tool": request["tool"],
+            "wall_s": request["wall_s"],
+            "cpus": request["cpus"],
+            "tmpfs_mib": request["tmpfs_mib"],
+            "nproc": self.nproc,
+        }
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))]
+        self.channel.sendmsg([json.dumps(message).encode()], rights)
+        for descriptor in theirs:
+            os.close(descriptor)
+        streams = {from_out: Stream(request["output_bytes"]), from_err: Stream(request["output_bytes"])}
+        deadline = started + request["wall_s"]
+        try:
+            status, fork_error, why = self.watch(uid, to_stdin, stdin, streams, deadline, request["flood_bytes"])
+            for descriptor, stream in streams.items():
+                drain(descriptor, stream)
+        finally:
+            for descriptor in streams:
+                os.close(descriptor)
+        return list(streams.values()), status, fork_error, why
+
+    def watch(self, uid, to_stdin, stdin, streams, deadline, flood_bytes):
+        """Feed and drain the call until it is over; gives its status and, where we ended it, why."""
+        why = None
+        with selectors.DefaultSelector() as selector:
+            for descriptor in streams:
+                os.set_blocking(descriptor, False)
+                selector.register(descriptor, selectors.EVENT_READ)
+            selector.register(self.channel, selectors.EVENT_READ)
+            selector.register(0, selectors.EVENT_READ)
+            os.set_blocking(to_stdin, False)
+            stdin = memoryview(stdin)
+            if stdin:
+                selector.register(to_stdin, selectors.EVENT_WRITE)
+            else:
+                os.close(to_stdin)
+                to_stdin = -1
+            while True:
+                left = deadline - time.monotonic()
+                if left <= 0 and why is None:
+                    why = "timeout"
+                if why is not None:
+                    # Again and again: the child may not have changed its user yet.
+                    self.kill(uid)
+                    left = 0.02
+                for key, _ in selector.select(max(left, 0)):
+                    if key.fileobj is self.channel:
+                        status, fork_error = struct.unpack(">ii", self.channel.recv(64).ljust(8, b"\0"))
+                        if to_stdin >= 0:
+                            os.close(to_stdin)
+                        return status, fork_error, why
+                    if key.fd == 0:
+                        self.read_some()
+                    elif key.fd == to_stdin:
+                        stdin = feed(to_stdin, stdin)
+                        if not stdin:
+                            selector.unregister(to_stdin)
+                            os.close(to_stdin)
+                            to_stdin = -1
+                    elif not pump(key.fd, streams[key.fd]):
+                        selector.unregister(key.fd)
+                if sum(stream.total for stream in streams.values()) > flood_bytes and why is None:
+                    why = "output_limit"
+
+    def verdict(self, why, code_status, rose):
+        if why == "timeout" and rose["pids"]:
+            return "pids_limit"  # a fork bomb does not end by itself
+        if why is not None:
+            return why
+        if rose["oom"]:
+            return "oom"
+        if code_status == 0:
+            return "ok"
+        if rose["pids"]:
+            return "pids_limit"
+        if disk_is_full():
+            return "disk_limit"
+        return "signal" if code_status < 0 else "nonzero_exit"
+
+    # afterwards
+
+    def kill(self, uid):
+        """Kill everything of a user, without a fork and without CAP_KILL.
+
+        A process may signal where its real or effective user is the real or saved user of the target. With that user
+        as the effective one, and nobody's as the real one, kill(-1) reaches the call and spares the zygote, and no one
+        can signal back. The saved user 0 keeps the way home.
+        """
+        os.setresuid(self.first_uid - 1, uid, 0)
+        try:
+            os.kill(-1, signal.SIGKILL)
+        except OSError:
+            pass  # nobody was left
+        finally:
+            os.setresuid(0, 0, 0)
+
+    def clean(self, uid):
+        """Make the cell as it was; the reason for a doubt where that cannot be proven."""
+        deadline = time.monotonic() + CLEAN_S
+        self.reap()
+        while self.strangers():
+            if time.monotonic() > deadline:
+                return "a process could not be killed"
+            self.kill(uid)
+            time.sleep(0.0005)
+            self.reap()
+        if not janitor(uid):
+            return "a file could not be deleted"
+        self.reap()
+        if any(os.listdir(mount) for mount in WRITABLE):
+            return "a file was left"
+        if self.zygote < 0:
+            return "the zygote died"
+        return ""
+
+    def strangers(self):
+        """Every process that is neither PID 1 nor the zygote."""
+        return [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, self.zygote)]
+
+    def reap(self):
+        while True:
+            try:
+                pid, _ = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                self.zygote = -1
+                return
+            if pid == 0:
+                return
+            if pid == self.zygote:
+                self.zygote = -1
+
+
+def code_file(code):
+    """The code as a descriptor, so that it passes no buffer of a fixed size on its way to the child."""
+    descriptor = os.memfd_create("code")
+    view = memoryview(code)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def pump(descriptor, stream):
+    """Take what is there; False at the end of the stream."""
+    try:
+        data = os.read(descriptor, 1 << 16)
+    except BlockingIOError:
+        return True
+    stream.take(data)
+    return bool(data)
+
+
+def drain(descriptor, stream):
+    """Take what the call had written when it ended; whoever still holds the pipe adds nothing."""
+    for _ in range(64):
+        try:
+            data = os.read(descriptor, 1 << 16)
+        except BlockingIOError:
+            return
+        if not data:
+            return
+        stream.take(data)
+
+
+def feed(descriptor, data):
+    try:
+        return data[os.write(descriptor, data[: 1 << 16]) :]
+    except BlockingIOError:
+        return data
+    except OSError:
+        return data[:0]  # the call closed its standard input
+
+
+def main():
+    set_dumpable(0)
+    if sys.argv[1] == "--zygote":
+        zygote(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
+    options = json.loads(sys.argv[1])
+    for number in signal.valid_signals() - UNCATCHABLE - {signal.SIGCHLD}:
+        signal.signal(number, signal.SIG_IGN)
+    cell = Cell(**options)
+    mounts = {mount: oct(os.stat(mount).st_mode) for mount in WRITABLE}
+    cell.send(HELLO, {"counters": counters(), "mounts": mounts, "python": sys.version.split()[0]})
+    while True:
+        cell.serve(*cell.read_frame())
+
+
+if __name__ == "__main__":
+    main()

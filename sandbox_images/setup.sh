@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Make the sandbox ready: find a Docker engine, or install and start one, and build the image that cells start from.
+# Says nothing where nothing is to do; one line for each long step otherwise. Needs no terminal.
+#
+#   sandbox_images/setup.sh                  engine and image
+#   sandbox_images/setup.sh --engine-only    engine
+#   sandbox_images/setup.sh --check          only look; 0 where both are there
+#
+# Exit codes: 0 ready, 2 usage, 5 it cannot be had here (the last line says what to do).
+set -euo pipefail
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+IMAGE=loopguard/python:1
+DEBIAN_BASE=loopguard/debian-base:1
+SUITE=bookworm
+REGISTRY_BASE=python:3.12-slim-bookworm
+ENGINE_LOG=/var/log/loopguard-dockerd.log
+LOCK=${TMPDIR:-/tmp}/loopguard-setup.lock
+
+say() { echo "loopguard: $*" >&2; }
+give_up() { say "$*"; exit 5; }
+docker_() { timeout "${DOCKER_S:-30}" docker "$@"; }
+
+engine_answers() { docker_ version --format '{{.Server.Version}}' >/dev/null 2>&1; }
+
+recipe() { cat "$HERE/setup.sh" "$HERE"/python/* | sha256sum | cut -c1-16; }
+
+image_is_current() {
+    [ "$(docker_ image inspect --format '{{index .Config.Labels "loopguard.recipe"}}' "$IMAGE" 2>/dev/null)" = "$(recipe)" ]
+}
+
+can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+
+install_packages() {
+    # Lists may be old or absent on a fresh machine; an update that fails for one source still leaves the others.
+    apt-get update -qq >/dev/null 2>&1 || true
+    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 \
+        || give_up "apt-get could not install $*: install them yourself and run this again"
+}
+
+wait_for_engine() {
+    for _ in $(seq 60); do
+        engine_answers && return 0
+        [ -z "${1:-}" ] || kill -0 "$1" 2>/dev/null || return 1
+        sleep 0.5
+    done
+    return 1
+}
+
+start_engine() {
+    if command -v systemctl >/dev/null && [ -d /run/systemd/system ]; then
+        systemctl start docker >/dev/null 2>&1 && wait_for_engine && return 0
+    fi
+    # No service manager: start the engine by itself. The second try is for kernels whose firewall it cannot manage.
+    for options in "" "--iptables=false --ip6tables=false --bridge=none"; do
+        # shellcheck disable=SC2086  # the options are words
+        setsid nohup dockerd $options >>"$ENGINE_LOG" 2>&1 </dev/null &
+        wait_for_engine $! && return 0
+    done
+    return 1
+}
+
+ensure_engine() {
+    engine_answers && return 0
+    if ! can_install; then
+        command -v docker >/dev/null \
+            && give_up "no Docker engine answers: start Docker (or set DOCKER_HOST, or join the docker group) and run this again"
+        give_up "there is no Docker: install it (https://docs.docker.com/engine/install) and run this again"
+    fi
+    if ! command -v dockerd >/dev/null; then
+        say "no Docker engine here; installing Debian's docker.io (about a minute)"
+        install_packages docker.io iptables ca-certificates
+    fi
+    say "starting the Docker engine (log: $ENGINE_LOG)"
+    start_engine || give_up "the Docker engine did not start: see $ENGINE_LOG"
+}
+
+build() { # BASE NETWORK
+    DOCKER_S=900 docker_ build --quiet --network "$2" --build-arg BASE="$1" \
+        --label loopguard.recipe="$(recipe)" --tag "$IMAGE" "$HERE/python" >/dev/null
+}
+
+registry_answers() {
+    # A closed network must cost seconds, not minutes.
+    DOCKER_S=20 docker_ manifest inspect "$REGISTRY_BASE" >/dev/null 2>&1
+}
+
+base_from_debian() {
+    can_install || give_up "no registry answers, and putting the image together from Debian packages needs root"
+    command -v debootstrap >/dev/null || install_packages debootstrap
+    say "no registry answers; putting the sandbox image together from Debian packages (about a minute)"
+    root=$(mktemp -d)
+    trap 'rm -rf "$root"' EXIT
+    debootstrap --variant=minbase --include=python3,python3-numpy,procps "$SUITE" "$root/fs" >"$root/log" 2>&1 \
+        || { tail -n 3 "$root/log" >&2; give_up "debootstrap failed: are Debian packages within reach?"; }
+    rm -rf "$root"/fs/var/lib/apt/lists/* "$root"/fs/var/cache/apt/*
+    tar -C "$root/fs" -c . | DOCKER_S=300 docker_ import - "$DEBIAN_BASE" >/dev/null
+    rm -rf "$root"
+    trap - EXIT
+}
+
+ensure_image() {
+    image_is_current && return 0
+    if ! docker_ image inspect "$DEBIAN_BASE" >/dev/null 2>&1; then
+        if registry_answers; then
+            say "building the sandbox image from $REGISTRY_BASE (a minute or two)"
+            build "$REGISTRY_BASE" default && say "the sandbox image $IMAGE is ready" && return 0
+        fi
+        base_from_debian
+    fi
+    build "$DEBIAN_BASE" none || give_up "the sandbox image could not be built; to see why: docker build $HERE/python"
+    say "the sandbox image $IMAGE is ready"
+}
+
+case "${1:-}" in
+    --check) engine_answers && image_is_current && exit 0; exit 5 ;;
+    "" | --engine-only) ;;
+    *) say "unknown option $1; see the head of $0"; exit 2 ;;
+esac
+
+# Two set-ups at once would build the same image twice.
+exec 9>"$LOCK"
+flock 9
+ensure_engine 9>&-
+[ "${1:-}" = --engine-only ] || ensure_image 9>&-
