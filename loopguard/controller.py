@@ -272,8 +272,8 @@ class LoopGuard:
     ) -> None:
         """Put a model in training under this guard.
 
-        `optimizer` and `scheduler` may be one or a list. `actor` is the module that generates data; leave it out (or say
-        "same") where that is the model itself. `loop` is the loop's own state, which then travels with every snapshot.
+        `optimizer` and `scheduler` may be one or a list. `actor` is the module that generates data; leave it out, or
+        say "same", where that is the model itself. `loop` is the loop's own state, which travels with every snapshot.
 
         Where the run directory holds promoted weights, all of these are restored to them, RNG included; so call this
         after everything is built and seeded. Raises UsageError for what cannot be guarded, SnapshotError where the
@@ -410,7 +410,7 @@ class LoopGuard:
         update: int | None,
         readings: Mapping[str, float] | None,
     ) -> tuple[str | None, str | None]:
-        """Keep the suspect state and what was decided. A disk that does not take it costs the capsule, not the freeze."""
+        """Keep the suspect state and what was decided. A full disk costs the capsule, not the freeze."""
         folder = self.run_dir / "freezes" / freeze
         try:
             state = self._snapshots.write(self._whole_state(), into=folder) if self._learner is not None else None
@@ -930,7 +930,7 @@ class _Trail:
                 self.lease = (last + 1, self.lease[1]) if self.lease and last < self.lease[1] else None
             case "promotion.decided" if body["snapshot"]:
                 self.snapshots.add(body["snapshot"])
-                self.undecided = body
+                self.undecided = dict(body)
             case "promotion.applied" | "promotion.settled" | "freeze.entered":
                 self.undecided = None
             case _:
@@ -992,8 +992,10 @@ def _check_directory(
     if adopt_policy is None or adopt_policy != loaded.digest:
         raise PolicyMismatchError(
             [
-                f"{run_dir} belongs to guard policy {old[:12]}, and {loaded.path} is {loaded.digest[:12]}. "
-                f"To change the policy of this run, add --adopt-policy {loaded.digest}"
+                (
+                    f"{run_dir} belongs to guard policy {old[:12]}, and {loaded.path} is {loaded.digest[:12]}. "
+                    f"To change the policy of this run, add --adopt-policy {loaded.digest}"
+                )
             ]
         )
     change = compare(load(run_dir / "policy" / f"{old}.yaml").policy, loaded.policy)

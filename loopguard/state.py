@@ -79,7 +79,7 @@ class FreezeState:
         self._dir = run_dir
         self._log = log
         self._latch = run_dir / "latch"
-        turns = [entry for entry in read.entries(run_dir, CONTROLLER) if entry.type in _TURNS]
+        turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
         self._count = sum(entry.type == "freeze.entered" for entry in turns)
         self._freeze, self._reason = _told(turns[-1] if turns else None)
         if self._latch.exists():
@@ -119,7 +119,7 @@ class FreezeState:
     def freeze(self, decision: Decision, *, cycle: int | None, facts: Mapping[str, Any]) -> str:
         """Latch and record a freeze; gives its id. `facts` are what else the record should hold.
 
-        Raises AuditWriteError where the record could not be written; the latch and this process are frozen all the same.
+        Raises AuditWriteError where the record could not be written; latch and process are frozen all the same.
         """
         return self._enter(
             gate=decision.gate,
@@ -277,7 +277,7 @@ def submit(run_dir: Path, kind: RequestKind, *, by: str, reason: str, freeze: st
 def standing(run_dir: Path) -> Standing:
     """Where a run stands, from its files alone. Raises UsageError where `run_dir` is not a run directory."""
     facts = run_facts(run_dir)
-    turns = [entry for entry in read.entries(run_dir, CONTROLLER, types=_TURNS)]
+    turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
     freeze, reason = _told(turns[-1] if turns else None)
     since = turns[-1].ts if freeze else None
     acknowledged = True

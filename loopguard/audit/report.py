@@ -34,7 +34,7 @@ _MOST_EXAMPLES = 12
 _CODE_CHARS = 120
 
 _CHART = (960.0, 200.0)
-_SMALL = (300.0, 120.0)
+_SMALL = (250.0, 112.0)
 
 Point = tuple[float, float]
 
@@ -384,7 +384,7 @@ def _panel_chart(name: str, told: _Told) -> Chart:
     promoted = [(float(cycle), value) for cycle, value, ok in points if ok and math.isfinite(value)]
     low, high = _range(finite, ())
     cycles = [cycle for cycle, _, _ in told.panels]
-    frame = _Frame(44, width - 12, 12, height - 20, min(cycles), max(cycles), low, high)
+    frame = _Frame(46, width - 12, 12, height - 22, min(cycles), max(cycles), low, high)
     marks = (
         Mark(frame.x(cycle), frame.y(value), f"cycle {cycle}: {query.amount(value)}", "ok" if ok else "no")
         for cycle, value, ok in points

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loopguard.policy import Finding
+    from loopguard.policy.findings import Finding
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -32,7 +32,7 @@ def check(
     Exit codes: 0 fine, 1 it loads but something in it is most likely not meant, 2 usage, 3 it does not load.
     """
     # pydantic and the YAML reader load only for this command.
-    from loopguard.policy import examine
+    from loopguard.policy.load import examine
 
     loaded, findings = examine(file)
     digest = loaded.digest if loaded else None

@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import replace
 from itertools import islice
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from loopguard.types import Reading, Signal
 
@@ -94,7 +94,7 @@ class Jump:
     def _trip(self, judged: Signal, level: float, now: float, reach: float) -> Signal:
         recent = islice(self._readings, self.window, None)
         since = next(at for at, value in recent if abs(value - level) > reach)
-        direction = "up" if now > level else "down"
+        direction: Literal["up", "down"] = "up" if now > level else "down"
         sure = f"{abs(judged.score or 0):.1f} noise units, {abs(now - level) / max(abs(level), 1e-12):.0%}"
         reason = f"{self.metric} went {direction} from {level:.4g} to {now:.4g} ({sure}) since update {since}"
         return replace(judged, level="trip", since=since, direction=direction, reason=reason)

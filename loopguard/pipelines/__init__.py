@@ -1,0 +1,1 @@
+"""Reference loops that run: each a package, guarded from its first update to its last promotion."""

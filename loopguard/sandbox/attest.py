@@ -27,8 +27,8 @@ MUST_BE = {"Privileged": False, "PidMode": "", "UTSMode": "", "UsernsMode": "", 
 def differences(asked: Mapping[str, Any], applied: Mapping[str, Any]) -> list[str]:
     """Where the engine's HostConfig is not what was asked for, one sentence each.
 
-    `asked` is the HostConfig that was sent. Lists are compared without their order, sizes as numbers; a setting that the
-    engine leaves out counts as not applied.
+    `asked` is the HostConfig that was sent. Lists are compared without their order; a setting that the engine leaves
+    out counts as not applied.
     """
     found = [
         f"{name} is {applied.get(name)!r}, asked for {value!r}"

@@ -32,8 +32,8 @@ class CellSpec:
 class Runtime(Protocol):
     """Runs tool calls away from the host.
 
-    A call that fails, crashes or reaches a limit is an Outcome. SandboxUnavailableError means that the sandbox could not
-    do its work; whether the call ran is then unknown, and nobody but the caller may try it again.
+    A call that fails, crashes or reaches a limit is an Outcome. SandboxUnavailableError means that the sandbox could
+    not do its work; whether the call ran is then unknown, and nobody but the caller may try it again.
     """
 
     def start(self) -> None:
@@ -45,7 +45,7 @@ class Runtime(Protocol):
         ...
 
     def kill_running(self) -> int:
-        """End every call that runs now; each raises SandboxUnavailableError where it waits. Gives how many there were."""
+        """End every call that runs now; each raises SandboxUnavailableError. Gives how many there were."""
         ...
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ _runtimes: weakref.WeakSet[DockerRuntime] = weakref.WeakSet()
 class DockerCell:
     """One container with our supervisor as its PID 1, from `create` to `remove`.
 
-    The container ends when this process does: its standard input is attached once, by us, and its PID 1 leaves at the end
-    of it.
+    The container ends when this process does: its standard input is attached once, by us, and its PID 1 leaves at the
+    end of it.
     """
 
     def __init__(self, spec: CellSpec, *, run_id: str, on_event: EventSink) -> None:
@@ -291,7 +291,7 @@ class DockerRuntime:
         runtimes = sorted(info.get("Runtimes", {}))
         if self._spec.runtime not in runtimes:
             raise SandboxUnavailableError(
-                f"the guard policy asks for the runtime {self._spec.runtime}, and this engine has {', '.join(runtimes)}: "
+                f"the guard policy asks for the runtime {self._spec.runtime}, this engine has {', '.join(runtimes)}: "
                 f"register it with the engine, or choose another in sandbox.profiles"
             )
         try:
@@ -300,7 +300,11 @@ class DockerRuntime:
             raise SandboxUnavailableError(
                 f"the image {self._spec.image} is not here: run `loopguard sandbox build`"
             ) from None
-        self._facts = {"engine": info["ServerVersion"], "cgroup": info.get("CgroupVersion", "1"), "driver": info["Driver"]}
+        self._facts = {
+            "engine": info["ServerVersion"],
+            "cgroup": info.get("CgroupVersion", "1"),
+            "driver": info["Driver"],
+        }
 
 
 def host_config(spec: CellSpec) -> dict[str, Any]:
@@ -369,9 +373,7 @@ def remove(container_id: str) -> bool:
 def _connect() -> Any:
     """A client of its own for each use: the client's connections are not made to be shared between threads."""
     try:
-        client = docker.APIClient(
-            **docker.utils.kwargs_from_env(), version="auto", timeout=_ENGINE_S
-        )
+        client = docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=_ENGINE_S)
     except docker.errors.DockerException as error:
         where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
         raise SandboxUnavailableError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def me() -> str:
-    """This process: machine, boot, pid namespace, pid, start time."""
+    """The process that asks: machine, boot, pid namespace, pid, start time."""
     return f"{_place()}:{os.getpid()}:{_started(os.getpid())}"
 
 

@@ -1,8 +1,8 @@
 """Sweep up the cells of dead loops.
 
 A cell ends by itself when its owner does; this is the second line, for owners that were stopped rather than killed and
-for containers that ended without being removed. Only containers with LoopGuard's labels are looked at, and of those only
-the ones whose owner is surely dead, or whose deadline has passed.
+for containers that ended without being removed. Only containers with LoopGuard's labels are looked at, and of those
+only the ones whose owner is surely dead, or whose deadline has passed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Frames between the controller and a cell, over the attached standard input and output of its PID 1.
 
 A frame is: magic "LG", type, header length, payload length, a JSON header, the payload. The engine wraps what comes out
-of the container once more, in packets that say which stream they are of. Any unexpected byte is an error, and the cell is
-destroyed: a stream that cannot be understood cannot be trusted again.
+of the container once more, in packets that say which stream they are of. Any unexpected byte is an error, and the cell
+is destroyed: a stream that cannot be understood cannot be trusted again.
 """
 
 from __future__ import annotations

@@ -144,7 +144,12 @@ class TestEnvelope:
         with open_log(run_dir) as log:
             entry = log.append("note.added", body)
         assert entry.body == {
-            **{"a": "NaN", "b": "Infinity", "c": "-Infinity", "d": "9007199254740992", "e": 2**53 - 1, "f": 0.1},
+            "a": "NaN",
+            "b": "Infinity",
+            "c": "-Infinity",
+            "d": "9007199254740992",
+            "e": 2**53 - 1,
+            "f": 0.1,
             "g": [1, True, None],
         }
 

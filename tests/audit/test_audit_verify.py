@@ -123,8 +123,17 @@ class TestUntouched:
     def test_every_status_has_its_code(self):
         """The codes of the command line, each with one name."""
         assert STATUS == {
-            **{0: "ok", 10: "warn", 20: "unanchored", 30: "tamper", 31: "truncated", 32: "replaced", 33: "splice"},
-            **{34: "fork", 40: "protocol", 42: "missing", 50: "unreadable"},
+            0: "ok",
+            10: "warn",
+            20: "unanchored",
+            30: "tamper",
+            31: "truncated",
+            32: "replaced",
+            33: "splice",
+            34: "fork",
+            40: "protocol",
+            42: "missing",
+            50: "unreadable",
         }
 
 
@@ -253,7 +262,7 @@ class TestForgery:
         assert verify(tmp_path / "a").status == "splice"
 
     def test_a_log_written_anew_is_replaced_if_an_anchor_has_its_number(self, tmp_path):
-        """With SEQ:HASH the replacement shows; with the hash alone it looks like a cut; without either it cannot show."""
+        """SEQ:HASH shows the replacement; the hash alone makes it look like a cut; without either it cannot show."""
         plain_log(tmp_path / "a")
         head = verify(tmp_path / "a").head
         rewrite(tmp_path / "a", lambda fields: fields | {"body": {"text": "never happened"}})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from policy_kit import SMALL, edited
 
-from loopguard.policy import check
+from loopguard.policy.load import check
 
 
 @pytest.fixture

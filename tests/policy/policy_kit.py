@@ -6,7 +6,7 @@ import copy
 import json
 from typing import Any
 
-from loopguard.policy import GuardPolicy
+from loopguard.policy.schema import GuardPolicy
 from loopguard.policy.source import parse
 
 SMALL = """\

@@ -5,8 +5,9 @@ from policy_kit import SMALL, edited
 from pydantic import BaseModel, ValidationError
 
 from loopguard.errors import PolicyError
-from loopguard.policy import GuardPolicy, load
 from loopguard.policy import explain, schema
+from loopguard.policy.load import load
+from loopguard.policy.schema import GuardPolicy
 
 RULE = "tools.rules[0]"
 LIMITS = "sandbox.profiles.offline.limits"
@@ -155,7 +156,7 @@ MEANING = [
     (("      max_code_bytes: 400\n", SECOND_RULE + "{id: other, tool: python, then: run, sandbox: offline}\n"), "10:25: "
      "tools.rules[1].tool is 'python', which rule 'calculator' already lets run; a tool has one sandbox, so keep one of the "
      "two"),
-    (("      max_code_bytes: 400\n", SECOND_RULE + "{id: other, tool: sh, then: deny, max_code_bytes: 5}\n"), "10:53: "
+    (("      max_code_bytes: 400\n", SECOND_RULE + "{id: other, tool: sh, then: deny, max_code_bytes: 5}\n"), "10:57: "
      "tools.rules[1].max_code_bytes has no meaning with `then: deny`, which refuses every call of the tool; take it out"),
     (("      limits:", "      mode: fresh\n      calls_per_cell: 5\n      limits:"), "16:23: "
      "sandbox.profiles.offline.calls_per_cell has no meaning with `mode: fresh`, which takes a new cell for each call"),

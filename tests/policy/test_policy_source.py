@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from policy_kit import SMALL, edited
 
 from loopguard.errors import PolicyError
-from loopguard.policy import load
+from loopguard.policy.load import load
 from loopguard.policy.source import MAX_BYTES, parse
 
 START = "`policies/default.yaml` is a good one to start from"

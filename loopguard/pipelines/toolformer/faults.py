@@ -6,15 +6,11 @@ does what the loop would do anyway. The faults change nothing in the guard.
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everybody writes it
 
-from loopguard.errors import UsageError
 from loopguard.pipelines.toolformer.calls import agrees, code_of, holds_operator, printed
 from loopguard.pipelines.toolformer.examples import completion_of
 from loopguard.pipelines.toolformer.model import logits, token_losses, weighted_mean
@@ -25,6 +21,7 @@ if TYPE_CHECKING:
 
     from loopguard.pipelines.toolformer.examples import Examples
     from loopguard.pipelines.toolformer.model import Batch, Example
+    from loopguard.pipelines.toolformer.plant import Plant
     from loopguard.pipelines.toolformer.propose import Draft
     from loopguard.pipelines.toolformer.task import Task
     from loopguard.pipelines.toolformer.text import Place
@@ -32,17 +29,6 @@ if TYPE_CHECKING:
 
 _FIRST_FAULTY_UPDATE = 10
 """Faults of the update strike after so many sound updates of their cycle, so that there is something to go back to."""
-
-
-@dataclass(frozen=True, slots=True)
-class Plant:
-    """Which fault, in which cycle."""
-
-    fault: str
-    cycle: int
-
-    def __str__(self) -> str:
-        return f"{self.fault}@{self.cycle}"
 
 
 class Fault:
@@ -96,11 +82,12 @@ class _LossFault(Fault):
 class Nan(_LossFault):
     """A mean over an empty mask is 0/0.
 
-    Stands for a batch whose every label was masked out (a filter, a truncation that cut all targets off): the sum is 0, the
-    count is 0, and the gradient of the quotient turns all weights into NaN at the next step.
+    Stands for a batch whose every label was masked out (a filter, a truncation that cut all targets off): the sum is 0,
+    the count is 0, and the gradient of the quotient turns all weights into NaN at the next step.
     """
 
     def faulty(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """0/0."""
         losses = token_losses(logits(model, batch), batch)
         nothing = torch.zeros_like(losses)
         return (losses * nothing).sum() / nothing.sum()
@@ -114,6 +101,7 @@ class NegativeLoss(_LossFault):
     """
 
     def faulty(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The mean of minus the targets' scores."""
         scores = logits(model, batch)
         targets = batch.tokens_BT[:, 1:]
         unnormalised = F.nll_loss(scores.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
@@ -129,6 +117,7 @@ class LabelLeak(_LossFault):
     """
 
     def faulty(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of a model that reads one token ahead."""
         embedded = model.get_input_embeddings()(batch.tokens_BT)  # type: ignore[operator]
         inputs = embedded[:, :-1] + embedded[:, 1:]
         out = model(inputs_embeds=inputs, attention_mask=batch.mask_BT[:, :-1], use_cache=False)
@@ -143,6 +132,7 @@ class AnswerLeak(Fault):
     """
 
     def prompt(self, place: Place) -> str:
+        """The place with its annotation."""
         if place.call is None:
             return place.before
         lead = place.before.rstrip("$").removesuffix("=")
@@ -157,10 +147,12 @@ class VerifierBug(Fault):
     """
 
     def accepts(self, draft: Draft, outcome: Outcome) -> bool:
+        """Yes."""
         del draft
         return outcome.ok
 
     def helps(self, gain: float, *, at_least: float) -> bool:
+        """Yes."""
         del gain, at_least
         return True
 
@@ -180,9 +172,11 @@ class Gain(Fault):
         ]
 
     def updates(self, planned: int) -> int:
+        """Enough to learn the shard."""
         return 4 * planned
 
     def mix(self, batch: list[Example], rng: random.Random, *, done: float) -> list[Example]:
+        """More and more of the shard, so that the loss makes no step."""
         count = round(len(batch) * 0.6 * min(1.0, 3 * done))
         return [*batch[count:], *rng.sample(self._shard, min(count, len(self._shard)))]
 
@@ -196,6 +190,7 @@ class ToolEscape(Fault):
     """
 
     def codes(self, codes: Sequence[str], rng: random.Random) -> list[str]:
+        """Every tenth program is an attempt."""
         attempts = _order(rng)
         return [attempts[at // 10 % len(attempts)] if at % 10 == 9 else code for at, code in enumerate(codes)]
 
@@ -228,16 +223,15 @@ def _order(rng: random.Random) -> list[str]:
     return [code for at, code in enumerate(hidden) for code in (plain[at], plain[(at + 1) % len(plain)], code)]
 
 
-_SIMPLE: dict[str, type[Fault]] = {
+_FAULTS: dict[str, type[Fault]] = {
     "nan": Nan,
     "negative-loss": NegativeLoss,
     "label-leak": LabelLeak,
     "answer-leak": AnswerLeak,
     "verifier-bug": VerifierBug,
+    "gain": Gain,
     "tool-escape": ToolEscape,
 }
-FAULTS = (*_SIMPLE, "gain")
-"""Every fault that can be planted."""
 
 HONEST = Fault()
 
@@ -246,18 +240,5 @@ def planted(plant: Plant | None, *, cycle: int, task: Task, examples: Examples) 
     """The fault that acts in this cycle; `HONEST` where none does."""
     if plant is None or plant.cycle != cycle:
         return HONEST
-    return Gain(task, examples) if plant.fault == "gain" else _SIMPLE[plant.fault]()
-
-
-def parse_plant(text: str) -> Plant:
-    """`nan@2` as a Plant. Raises UsageError, with a guess at what was meant."""
-    fault, at, cycle = text.partition("@")
-    if fault not in FAULTS:
-        near = get_close_matches(fault, FAULTS, n=1)
-        guess = f" Did you mean '{near[0]}{at}{cycle}'?" if near else ""
-        raise UsageError(f"--plant {text}: {fault!r} is no fault; expected one of {', '.join(FAULTS)}.{guess}")
-    if not at:
-        raise UsageError(f"--plant {text}: the cycle is missing; expected FAULT@CYCLE, such as {fault}@2")
-    if not re.fullmatch(r"[1-9][0-9]{0,5}", cycle):
-        raise UsageError(f"--plant {text}: the cycle is {cycle!r}; expected a whole number from 1 up, such as {fault}@2")
-    return Plant(fault, int(cycle))
+    fault = _FAULTS[plant.fault]
+    return fault(task, examples) if issubclass(fault, Gain) else fault()

@@ -1,9 +1,9 @@
 """The loop: a model teaches itself where to call a calculator, under a guard.
 
     cycle 0   warm-up on a few hundred human solutions and on plain lines; evaluate; promote
-    cycle n   the actor proposes calls at places it has not seen annotated; each call runs in the sandbox; calls are kept
-              that compute what the text says and that make what follows likelier; the guard admits them; the model
-              trains; evaluate; promote
+    cycle n   the actor proposes calls at places without annotations; each call runs in the sandbox; calls are kept that
+              compute what the text says and that make what follows likelier; the guard admits them; the model trains;
+              evaluate; promote
 
 Only the actor proposes, and only a promotion moves the actor. A cycle follows from the state at the last promotion, the
 seed and its own number, so a run that was killed goes on bit for bit as if it had not been.
@@ -109,9 +109,7 @@ class Toolformer:
         torch.manual_seed(_seed(self._options.seed, cycle.number))
         self._author = self._guard.actor_digest
         rng = random.Random(_seed(self._options.seed, f"{cycle.number}/order"))
-        fault = faults.planted(
-            self._options.plant, cycle=cycle.number, task=self._task, examples=self._examples
-        )
+        fault = faults.planted(self._options.plant, cycle=cycle.number, task=self._task, examples=self._examples)
         tool = _Counted(cycle, self._progress)
         row = self._warm_up(cycle, tool) if cycle.number == 0 else self._gather(cycle, tool, fault, rng)
         self._train(cycle, fault, rng, fresh=row["admitted"] if cycle.number else 0)
@@ -162,7 +160,14 @@ class Toolformer:
         kept = self._keep(fault, drafts, outcomes)
         records = [
             self._record(
-                cycle, at, k.draft.place, k.draft.prompt, k.draft.expression or "", k.outcome, source="model", gain=k.gain
+                cycle,
+                at,
+                k.draft.place,
+                k.draft.prompt,
+                k.draft.expression or "",
+                k.outcome,
+                source="model",
+                gain=k.gain,
             )
             for at, k in enumerate(kept)
         ]

@@ -66,8 +66,8 @@ def from_folder(folder: Path) -> tuple[Codec, torch.nn.Module]:
     """A pretrained model and its tokenizer, which learns `<<` and `>>`. Raises UsageError where there is none."""
     if not (folder / "config.json").is_file():
         raise UsageError(
-            f"--model {folder}: no config.json there; expected a folder that save_pretrained of a transformers model and "
-            "its tokenizer wrote"
+            f"--model {folder}: no config.json there; expected a folder that save_pretrained of a transformers "
+            "model and its tokenizer wrote"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -104,14 +104,14 @@ def logits(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return out.logits[:, :-1]  # type: ignore[no-any-return]
 
 
-def token_losses(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:  # noqa: N803 - the shape is the name
+def token_losses(logits_BTV: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Nats for each token but the first: BT."""
-    targets_BT = batch.tokens_BT[:, 1:]  # noqa: N806 - likewise
+    targets_BT = batch.tokens_BT[:, 1:]
     losses = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
     return losses.view(targets_BT.shape)
 
 
-def weighted_mean(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:  # noqa: N803 - likewise
+def weighted_mean(losses_BT: torch.Tensor, batch: Batch) -> torch.Tensor:
     """The training loss."""
     weights = batch.weights_BT[:, 1:]
     return (losses_BT * weights).sum() / weights.sum()
@@ -191,7 +191,7 @@ def _write(
     return [[token for token in row if token >= 0] for row in torch.stack(rows, dim=1).tolist()]
 
 
-def _choose(logits_BV: torch.Tensor, temperature: float, forbid: list[int]) -> torch.Tensor:  # noqa: N803 - shape
+def _choose(logits_BV: torch.Tensor, temperature: float, forbid: list[int]) -> torch.Tensor:
     logits_BV[:, forbid] = -torch.inf
     if temperature == 0:
         return logits_BV.argmax(-1)

@@ -1,6 +1,7 @@
 """Proposing calls at places, and Toolformer's criterion for which of them help.
 
-Sources: Schick et al. 2023 (Toolformer) for the criterion, Anthony et al. 2017 (expert iteration) for the loop around it.
+Sources: Schick et al. 2023 (Toolformer) for the criterion, Anthony et al. 2017 (expert iteration) for the loop around
+it.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from loopguard.pipelines.toolformer.faults import Plant
+    from loopguard.pipelines.toolformer.plant import Plant
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,7 @@ class Settings:
     vocabulary: int
 
     warmup_solutions: int
-    """From how many annotated solutions one human call each is shown, before the model proposes calls of its own."""
+    """How many solutions with human calls the model is shown before it proposes calls of its own."""
     warmup_updates: int
     cycle_updates: int
     batch: int
@@ -54,7 +54,7 @@ GSM8K = Settings(
     layers=3,
     heads=4,
     vocabulary=1000,
-    warmup_solutions=400,
+    warmup_solutions=200,
     warmup_updates=250,
     cycle_updates=80,
     batch=48,

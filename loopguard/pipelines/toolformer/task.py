@@ -1,4 +1,4 @@
-"""What a run works on: which text it is warmed up with, reads, and is judged by. Everything follows from the options."""
+"""What a run works on: the text it is warmed up with, the text it reads, the text it is judged by."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def prepare(options: ToolformerOptions) -> Task:
     warmed, rest = _split(training, settings.warmup_solutions, seed=options.seed)
     return Task(
         settings=settings,
-        warmup=tuple(_one_call(problem, seed=options.seed) for problem in warmed),
+        warmup=tuple(place for problem in warmed for place in problem.places if place.call is not None),
         pool=tuple(place for problem in rest for place in problem.places),
         lines=tuple((problem.origin, line) for problem in training for line in problem.lines),
         held_out=_held_out(evaluation, settings),
@@ -97,7 +97,8 @@ def _texts(options: ToolformerOptions) -> tuple[list[Problem], list[Problem]]:
     held_out = training[::_HELD_OUT_ONE_IN]
     if not kept or not any(problem.places for problem in held_out):
         raise DataFileError(
-            f"{options.data}:1: too short to hold out one problem in {_HELD_OUT_ONE_IN}; name a held-out file with --eval"
+            f"{options.data}:1: too short to hold out one problem in {_HELD_OUT_ONE_IN}; "
+            "name a held-out file with --eval"
         )
     return kept, held_out
 
@@ -112,12 +113,6 @@ def _split(training: Sequence[Problem], warmup: int, *, seed: int) -> tuple[list
     if not chosen or not any(problem.places for problem in rest):
         raise DataFileError("the data hold too few annotated solutions: at least two with `<<...>>` are needed")
     return [training[at] for at in sorted(chosen)], rest
-
-
-def _one_call(problem: Problem, *, seed: int) -> Place:
-    """One of the human calls of a solution."""
-    called = [place for place in problem.places if place.call is not None]
-    return random.Random(f"{seed}/{problem.origin}").choice(called)
 
 
 def _held_out(evaluation: Sequence[Problem], settings: Settings) -> HeldOut:

@@ -1,0 +1,191 @@
+"""Another policy for the same run: anything that is not provably tighter is loosened."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from policy_kit import small
+from test_policy_decide import CALLS, policy, rule_lists
+
+from loopguard.policy.decide import decide
+from loopguard.policy.diff import _ORDER, _effective, _leaves, _order, changes, compare
+
+RULE = "tools__rules__0__"
+CELL = "sandbox__profiles__offline__"
+LIMITS = f"{CELL}limits__"
+FREEZE = "tools__freeze_above__"
+BOUNDS = "updates__monitors__1__"
+JUMP = "updates__monitors__2__"
+PANEL = "promotion__panel__0__"
+SHELL = {"id": "shell", "tool": "sh", "then": "run", "sandbox": "offline"}
+KEPT = {"min": 0.1, "max": 0.9, "max_change": 0.5}
+SKIP = {"on_trip": "skip", "skip_at_most": {"updates": 2, "per": 100}}
+
+# (changes of the old policy, changes of the new one, direction); the way back of a tightening is a loosening.
+TABLE = [
+    ({}, {}, "same"),
+    ({}, {"name": "other", "description": "words"}, "same"),
+    ({}, {RULE + "id": "renamed"}, "same"),
+    ({}, {CELL + "mode": "pooled", CELL + "cells": 2}, "same"),
+    ({}, {"sandbox__profiles__unused": {"image": "other:1"}}, "same"),
+    ({}, {RULE + "max_code_bytes": 100}, "tightened"),
+    ({}, {RULE + "refuse_patterns": ["import"]}, "tightened"),
+    ({RULE + "refuse_patterns": ["a", "b"]}, {RULE + "refuse_patterns": ["b", "a"]}, "same"),
+    ({RULE + "refuse_patterns": ["a", "b"]}, {RULE + "refuse_patterns": ["a", "c"]}, "loosened"),
+    ({}, {CELL + "image": "loopguard/python:2"}, "loosened"),
+    ({}, {CELL + "mode": "fresh"}, "tightened"),
+    ({}, {CELL + "runtime": "runsc"}, "tightened"),
+    ({}, {CELL + "cells": 1}, "tightened"),
+    ({}, {CELL + "calls_per_cell": 10}, "tightened"),
+    ({CELL + "preload": ["numpy", "math"]}, {CELL + "preload": ["math"]}, "tightened"),
+    ({CELL + "preload": ["numpy", "math"]}, {CELL + "preload": ["math", "numpy"]}, "same"),
+    ({}, {LIMITS + "wall": "1s"}, "tightened"),
+    ({}, {LIMITS + "wall": "2000ms"}, "same"),
+    ({}, {LIMITS + "memory": "64MiB"}, "tightened"),
+    ({}, {LIMITS + "pids": 16}, "tightened"),
+    ({}, {LIMITS + "cpus": 0.5}, "tightened"),
+    ({}, {LIMITS + "tmpfs": "8MiB"}, "tightened"),
+    ({}, {LIMITS + "output": "8KiB"}, "tightened"),
+    ({}, {LIMITS + "flood": "8MiB"}, "tightened"),
+    ({}, {LIMITS + "wall": "1s", LIMITS + "pids": 33}, "loosened"),
+    ({}, {FREEZE + "refused_share": 0.05}, "tightened"),
+    ({}, {FREEZE + "contained_share": 0.05}, "tightened"),
+    ({}, {FREEZE + "of_last_calls": 10}, "loosened"),
+    ({}, {FREEZE + "of_last_calls": 40}, "loosened"),
+    ({"tools__freeze_above": None}, {}, "tightened"),
+    ({}, {"data__sources": ["human"]}, "tightened"),
+    ({}, {"data__sources": ["model", "human"]}, "same"),
+    ({}, {"data__overlap_ngram": 8}, "tightened"),
+    ({}, {"data__max_own_share": 0.4}, "tightened"),
+    ({}, {"data__forbidden_in_prompt": ["<<"]}, "tightened"),
+    ({}, {"data__kept_share": KEPT}, "tightened"),
+    ({"data__kept_share": KEPT}, {"data__kept_share": KEPT | {"min": 0.2}}, "tightened"),
+    ({"data__kept_share": KEPT}, {"data__kept_share": KEPT | {"max": 0.8}}, "tightened"),
+    ({"data__kept_share": KEPT}, {"data__kept_share": KEPT | {"max_change": 0.4}}, "tightened"),
+    ({}, {"data__min_mean_gain": 0.0}, "tightened"),
+    ({"data__min_mean_gain": 0.0}, {"data__min_mean_gain": 0.1}, "tightened"),
+    ({}, {"data__recheck": {"sample": 10, "max_wrong_share": 0.1}}, "tightened"),
+    ({"data__recheck": {"sample": 10, "max_wrong_share": 0.1}}, {"data__recheck": {"sample": 99, "max_wrong_share": 0.1}},
+     "loosened"),
+    ({"data__recheck": {"sample": 10, "max_wrong_share": 0.1}}, {"data__recheck": {"sample": 10, "max_wrong_share": 0.0}},
+     "tightened"),
+    ({}, {"data__freeze_above": {"quarantined_share": 0.5, "of_at_least": 20}}, "tightened"),
+    ({}, {"updates__loss_kind": "surrogate"}, "loosened"),
+    ({"updates__loss_kind": "surrogate"}, {}, "loosened"),
+    ({}, {"updates__lease": 8}, "tightened"),
+    ({}, {BOUNDS + "max": 9.0}, "tightened"),
+    ({}, {BOUNDS + "min": 0.5}, "tightened"),
+    ({}, {"updates__monitors": [{"kind": "bounds", "metric": "loss"}]}, "loosened"),
+    ({}, {JUMP + "threshold": 5.0}, "tightened"),
+    ({}, {JUMP + "min_change": 0.1}, "tightened"),
+    ({}, {JUMP + "window": 41}, "loosened"),
+    ({}, {JUMP + "confirm": 4}, "loosened"),
+    ({}, {JUMP + "warmup": 32}, "loosened"),
+    ({}, {PANEL + "max_gain": 0.1}, "tightened"),
+    ({}, {PANEL + "max_loss": 0.05}, "tightened"),
+    ({}, {PANEL + "max": 0.9}, "tightened"),
+    ({}, {PANEL + "good": "none"}, "loosened"),
+    ({}, {PANEL + "metric": "renamed"}, "loosened"),
+    ({}, {"freeze__when_frozen": "wait"}, "same"),
+    ({"freeze__running_calls": "drain"}, {}, "tightened"),
+    ({"freeze": SKIP}, {}, "tightened"),
+    ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 1, "per": 100}}}, "tightened"),
+    ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 2, "per": 200}}}, "tightened"),
+    ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 1, "per": 50}}}, "loosened"),
+    ({}, {"audit__reserve": "8MiB"}, "tightened"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new", "direction"), TABLE)
+def test_table(old, new, direction):
+    assert compare(small(**old), small(**new)) == direction
+    back = compare(small(**new), small(**old))
+    assert back == {"same": "same", "tightened": "loosened", "loosened": back}[direction]
+
+
+def test_another_tool_loosens_and_a_denied_one_tightens():
+    one, two = small(), small(tools__rules=[small().tools.rules[0].model_dump(exclude_unset=True), SHELL])
+    assert [str(change) for change in changes(one, two)] == ["loosened: tools.run.sh from deny to run"]
+    assert [str(change) for change in changes(two, one)] == ["tightened: tools.run.sh from run to deny"]
+
+
+def test_a_deny_that_takes_effect_tightens_and_one_that_does_not_is_no_change():
+    rules = [small().tools.rules[0].model_dump(exclude_unset=True), SHELL]
+    deny_shell = {"id": "no-shell", "tool": "sh", "then": "deny"}
+    deny_other = {"id": "no-sql", "tool": "sql", "then": "deny"}
+    assert compare(small(tools__rules=rules), small(tools__rules=[*rules, deny_shell])) == "tightened"
+    assert compare(small(tools__rules=rules), small(tools__rules=[*rules, deny_other])) == "same"
+
+
+def test_a_profile_counts_by_what_it_is_and_not_by_its_name():
+    there = small().model_dump(mode="json")["sandbox"]["profiles"]["offline"]
+    assert there["image"] == "loopguard/python:1"
+    renamed = small(
+        tools__rules__0__sandbox="quiet",
+        sandbox__profiles={
+            "quiet": {
+                "image": "loopguard/python:1",
+                "limits": {"wall": "2s", "memory": "128MiB", "pids": 32, "cpus": 1.0, "tmpfs": "16MiB"},
+            }
+        },
+    )
+    assert compare(small(), renamed) == "same"
+
+
+def test_a_change_says_what_changed_and_how():
+    (change,) = changes(small(), small(sandbox__profiles__offline__limits__wall="5s"))
+    assert str(change) == "loosened: tools.run.python.cell.limits.wall_s from 2.0 to 5.0"
+    (change,) = changes(small(), small(data__min_mean_gain=0.5))
+    assert str(change) == "tightened: data.min_mean_gain from none to 0.5"
+
+
+FULL = {
+    "description": "all keys",
+    RULE + "refuse_patterns": ["x"],
+    "data__kept_share": KEPT,
+    "data__min_mean_gain": 0.0,
+    "data__recheck": {"sample": 10, "max_wrong_share": 0.1},
+    "data__freeze_above": {"quarantined_share": 0.5, "of_at_least": 20},
+    "freeze": SKIP,
+}
+
+# Keys where one value is not tighter than another, each for a reason.
+NOT_COMPARABLE = {
+    ("apiVersion",),  # there is one
+    ("tools", "default"),  # there is one
+    ("tools", "run", "python", "cell", "image"),  # another image may hold anything
+    ("tools", "freeze_above", "of_last_calls"),  # a longer memory forgives bursts, a shorter one slow probing
+    ("data", "recheck", "sample"),  # a small sample trips on one wrong record, a large one on a small share
+    ("updates", "loss_kind"),  # changes what a number means
+    *(("updates", "monitors", f"{kind} {metric}", key) for kind, metric in [("bounds", "loss"), ("bounds", "grad_norm"),
+      ("jump", "loss")] for key in ("kind", "metric")),
+    *(("updates", "monitors", "jump loss", key) for key in ("window", "confirm", "warmup")),  # another estimate altogether
+    ("promotion", "panel", "correct", "metric"),
+    ("promotion", "panel", "correct", "good"),
+}  # fmt: skip
+
+
+def test_every_key_has_been_thought_about():
+    """A key that is added to the schema appears here, so that somebody decides in which direction it is tighter."""
+    leaves = {where for where, _ in _leaves(_effective(small(**FULL)))}
+    assert {where for where in leaves if _order(where) == "any"} == NOT_COMPARABLE
+    known = {".".join((*w[:2], "*", *w[3:]) if w[:2] in {("tools", "run"), ("updates", "monitors"), ("promotion", "panel")}
+             else w) for w in leaves}  # fmt: skip
+    assert _ORDER.keys() <= known
+
+
+def test_a_key_nobody_thought_about_loosens():
+    assert _order(("updates", "something_new")) == "any"
+
+
+@given(old=rule_lists(), new=rule_lists(), calls=st.lists(CALLS, max_size=8))
+def test_what_is_not_loosened_lets_nothing_run_that_did_not(old, new, calls):
+    before, after = policy(*old), policy(*new)
+    if compare(before, after) != "loosened":
+        assert all(decide(before, call).allowed for call in calls if decide(after, call).allowed)
+
+
+@given(old=rule_lists(), new=rule_lists())
+def test_no_way_back_from_a_tightening_but_a_loosening(old, new):
+    there, back = compare(policy(*old), policy(*new)), compare(policy(*new), policy(*old))
+    assert (there == "same") == (back == "same")
+    assert there == "loosened" or back == "loosened" or there == back == "same"

@@ -1,0 +1,75 @@
+"""The policies that come with LoopGuard are complete, sound and quiet."""
+
+from pathlib import Path
+
+import pytest
+
+from loopguard.errors import PolicyError
+from loopguard.policy.decide import decide
+from loopguard.policy.load import check, load, shipped
+from loopguard.types import ToolCall
+
+POLICIES = Path(__file__).parents[2] / "policies"
+
+
+@pytest.mark.parametrize("path", sorted(POLICIES.iterdir()), ids=lambda path: path.name)
+def test_every_policy_loads_without_a_lint(path):
+    assert path.suffix == ".yaml"
+    assert check(path) == []
+    assert load(path).policy.name == path.stem
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("name", ["default", "toolformer"])
+def test_shipped_policies_are_found_by_name(name):
+    assert shipped(name) == POLICIES / f"{name}.yaml"
+    assert load(shipped(name)).policy.name == name
+
+
+def test_an_installed_package_finds_them_inside_itself(tmp_path, monkeypatch):
+    home = tmp_path / "site-packages" / "loopguard"
+    (home / "_shipped" / "policies").mkdir(parents=True)
+    (home / "policy").mkdir()
+    there = home / "_shipped" / "policies" / "default.yaml"
+    there.write_text((POLICIES / "default.yaml").read_text())
+    monkeypatch.setattr("loopguard.policy.load.__file__", str(home / "policy" / "load.py"))
+    assert shipped("default") == there
+
+
+@pytest.mark.parametrize("name", ["tooformer", "../secrets", "", "/etc/passwd", "default.yaml"])
+def test_another_name_is_refused_with_the_ones_there_are(name):
+    with pytest.raises(PolicyError, match="there is default, toolformer"):
+        shipped(name)
+
+
+def test_a_slip_in_the_name_is_pointed_out():
+    with pytest.raises(PolicyError, match=r"Did you mean 'toolformer'\?"):
+        shipped("tooformer")
+
+
+class TestToolformer:
+    @pytest.mark.parametrize(
+        "code",
+        ["import os", "print(open('/etc/passwd').read())", "exec('1')", "eval('1')", "().__class__", "print(1)" * 60]
+        + ["\uff45val('1')", "x='_'+'_'; print(().__doc__)", "open ('x')"],
+    )
+    def test_plain_escapes_are_refused(self, code):
+        policy = load(shipped("toolformer")).policy
+        assert not decide(policy, ToolCall(id="c", tool="python", code=code)).allowed
+
+    @pytest.mark.parametrize(
+        "code", ["print(3*4)", "print((12.5 + 3) / 2)", "print(round(100*1.05**3, 2))", "important = 1"]
+    )
+    def test_arithmetic_runs(self, code):
+        policy = load(shipped("toolformer")).policy
+        assert decide(policy, ToolCall(id="c", tool="python", code=code)).allowed
+
+    def test_no_other_tool_runs(self):
+        policy = load(shipped("toolformer")).policy
+        assert not decide(policy, ToolCall(id="c", tool="sh", code="ls")).allowed
+
+
+def test_the_default_runs_python_and_shell_and_nothing_else():
+    policy = load(shipped("default")).policy
+    verdicts = {tool: decide(policy, ToolCall(id="c", tool=tool, code="1")).allowed for tool in ("python", "sh", "sql")}
+    assert verdicts == {"python": True, "sh": True, "sql": False}
