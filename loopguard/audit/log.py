@@ -32,11 +32,11 @@ from loopguard.audit.events import (
     FORMAT,
     GENESIS,
     MAX_BODY_KIB,
+    MAX_LINE_BYTES,
     Entry,
     Head,
     canonical,
     check_type,
-    decode,
     encode,
     plain,
 )
@@ -239,14 +239,7 @@ class AuditLog:
         `cause` names the ids of records that led to this one. Raises AuditError for a record that cannot be one
         (unknown type, not JSON, too large) and AuditWriteError where it could not be made durable.
         """
-        check_type(type)
-        fields = {
-            "type": type,
-            "body": _bounded(type, body or {}),
-            "cycle": cycle,
-            "cause": plain(list(cause), place="cause"),
-            "actor": plain(dict(actor or _LOOP_ACTOR), place="actor"),
-        }
+        fields = _fields(type, body, cycle=cycle, cause=cause, actor=actor)
         self._refuse_if_unusable()
         if self._segment.size >= self._segment_bytes:
             self._rotate()
@@ -275,11 +268,12 @@ class AuditLog:
         if not self.degraded:
             with contextlib.suppress(AuditWriteError):
                 return self.append(type, body, cycle=cycle, cause=cause)
-        check_type(type)
-        bounded = _bounded(type, body or {})
-        fields = {"type": type, "body": bounded, "cycle": cycle, "cause": list(cause), "actor": dict(_LOOP_ACTOR)}
+        fields = _fields(type, body, cycle=cycle, cause=cause)
+        if self._lock_fd < 0:
+            # Before the locks: in a forked child a thread that does not exist there may hold them.
+            raise AuditWriteError(self._trouble)
         with self._sync_lock, self._write_lock:
-            if self._lock_fd < 0 or self._last_used:
+            if self._last_used:
                 raise AuditWriteError(f"{self._trouble}; the space kept free for a last record is used up")
             self._last_used = True
             with _disk("write a last record"):
@@ -357,8 +351,9 @@ class AuditLog:
             "prev": self._head.hash,
             **fields,
         }
-        line, _ = encode(envelope)
-        return line, decode(line[:-1])
+        line, digest = encode(envelope)
+        _refuse_if_too_large(line, fields)
+        return line, _entry(envelope, digest)
 
     def _failed(self, verb: str, error: OSError) -> AuditWriteError:
         self._trouble = f"cannot {verb} {self._segment.path}: {error.strerror or error}"
@@ -425,14 +420,16 @@ class AuditLog:
             file.seek(size)
             rest = file.read()
         if rest:
-            _write_torn(self._folder, self._durable.head.seq + 1, rest)
+            # Nobody was promised these bytes. If they fit nowhere, the last record still must.
+            with contextlib.suppress(OSError):
+                _write_torn(self._folder, self._durable.head.seq + 1, rest)
         if size == 0:
             path.unlink()
             _sync_folder(self._folder)
         else:
             # A descriptor of its own: the one that failed is not asked again.
             _cut(path, size)
-        self._head = self._durable.head
+        self._head, self._pending = self._durable.head, None
 
     def _drop(self, why: str) -> None:
         self._trouble = why
@@ -485,7 +482,7 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
     for path in paths:
         found.path = path
         for line in read.raw_lines(path):
-            if not line.complete and path == paths[-1] and read.looks_torn(line.data):
+            if not line.complete and path == paths[-1] and (not strict or read.looks_torn(line.data)):
                 found.torn_at, found.torn = line.offset, line.data
                 break
             entry, finding = chain.feed(line)
@@ -525,6 +522,9 @@ def _write_torn(folder: Path, seq: int, data: bytes) -> None:
     try:
         _write_all(fd, data)
         _flush(fd)
+    except BaseException:
+        partial.unlink()
+        raise
     finally:
         os.close(fd)
     partial.replace(folder / name)
@@ -652,15 +652,39 @@ def _make_reserve(path: Path, mib: int) -> None:
 # -- small facts -------------------------------------------------------------------------------------------------------
 
 
-def _bounded(name: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    value: dict[str, Any] = plain(dict(body))
-    size = len(canonical(value))
-    if size > MAX_BODY_KIB * 1024:
+def _fields(
+    name: str,
+    body: Mapping[str, Any] | None,
+    *,
+    cycle: int | None,
+    cause: Sequence[str],
+    actor: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What a caller says of a record, as JSON values."""
+    check_type(name)
+    return {
+        "type": name,
+        "body": plain(dict(body or {})),
+        "cycle": cycle,
+        "cause": plain(list(cause), place="cause"),
+        "actor": plain(dict(actor or _LOOP_ACTOR), place="actor"),
+    }
+
+
+def _refuse_if_too_large(line: bytes, fields: Mapping[str, Any]) -> None:
+    if len(line) <= MAX_BODY_KIB * 1024:
+        return  # then the body within it is small enough too
+    size = len(canonical(fields["body"]))
+    if size > MAX_BODY_KIB * 1024 or len(line) > MAX_LINE_BYTES:
         raise AuditError(
-            f"the body of a {name} record has {size:,} bytes; at most {MAX_BODY_KIB} KiB fit. "
-            "Record a digest and keep the rest in a file"
+            f"the body of a {fields['type']} record has {size:,} bytes, its line {len(line):,}; at most {MAX_BODY_KIB} "
+            "KiB of body fit. Record a digest and keep the rest in a file"
         )
-    return value
+
+
+def _entry(envelope: Mapping[str, Any], digest: str) -> Entry:
+    lists = {name: tuple(envelope[name]) for name in ("cause", "redacted")}
+    return Entry(**{name: value for name, value in envelope.items() if name != "v"} | lists, hash=digest)
 
 
 def _versions() -> dict[str, str]:

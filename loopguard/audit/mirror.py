@@ -42,7 +42,9 @@ class Mirror:
             structlog.WriteLogger(stream or sys.stderr),
             processors=[
                 _safe_to_show,
-                structlog.processors.LogfmtRenderer(key_order=["ts", "level", "event", "cycle"], drop_missing=True),
+                structlog.processors.LogfmtRenderer(
+                    key_order=["ts", "level", "event", "cycle"], drop_missing=True, bool_as_flag=False
+                ),
             ],
             wrapper_class=structlog.BoundLogger,
         )

@@ -309,7 +309,7 @@ def since_told(freeze: Freeze) -> str:
     """Since which update it looks wrong."""
     since = (freeze.signal or {}).get("since")
     update = freeze.body.get("update")
-    if since is not None:
+    if since is not None and since != update:
         return f"update {since} looks wrong first" + (f"; update {update} tripped" if update is not None else "")
     return f"update {update} tripped" if update is not None else ""
 
@@ -334,6 +334,8 @@ def weights_told(freeze: Freeze) -> str:
             first, last = freeze.undone
             parts.append(f"updates {first}-{last} were undone")
         parts.append(f"weights are back at snapshot {short(body['restored'])}")
+    elif parts and freeze.cycle and freeze.cycle.last_update is not None:
+        parts.append(f"weights stay as after update {freeze.cycle.last_update}")
     return ", ".join(parts) or "no update was stopped or undone: weights are as they were"
 
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, Entry, decode
+from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, decode
+from loopguard.audit.events import Entry as Entry
 from loopguard.errors import AuditTamperedError, UsageError
 
 if TYPE_CHECKING:

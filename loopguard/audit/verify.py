@@ -359,13 +359,13 @@ class _Audit:
             self.broken = code
         self.worst = max(self.worst, code)
         if len(self.findings) < _MOST_FINDINGS:
-            self.findings.append(Finding(code, text))
+            self.findings.append(Finding(code, printable(text)))
         else:
             self.hidden += 1
 
     def note(self, text: str) -> None:
         if len(self.notes) < _MOST_FINDINGS:
-            self.notes.append(text)
+            self.notes.append(printable(text))
 
     def result(self) -> Verification:
         code = self._code()
@@ -440,7 +440,7 @@ class _Audit:
         if entry.type == "log.opened" and self.grammar.calls:
             self.note(f"{place}: {len(self.grammar.calls)} allowed tool calls ended with their process")
         for trouble in self.grammar.feed(entry):
-            self.find(PROTOCOL, printable(f"{place}: record {entry.seq}: {trouble}"))
+            self.find(PROTOCOL, f"{place}: record {entry.seq}: {trouble}")
 
     def _clock(self, entry: Entry, place: str) -> None:
         before, self.clock = self.clock, entry
@@ -458,7 +458,7 @@ class _Audit:
         self.policies.add(digest)
         file = self.run_dir / "policy" / f"{digest}.yaml"
         if not is_digest(digest):
-            self.find(MISSING, f"{place}: the guard policy {printable(digest)!r} is not a digest")
+            self.find(MISSING, f"{place}: the guard policy {digest!r} is not a digest")
         elif not file.is_file():
             self.find(MISSING, f"{file}: the guard policy that record {entry.seq} was decided under is not there")
 

@@ -1,5 +1,5 @@
 """`python -m loopguard.cli`, for where the console script is not on PATH."""
 
-from loopguard.cli import main
+from loopguard.cli.app import main
 
 main()

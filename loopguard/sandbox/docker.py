@@ -311,7 +311,9 @@ def host_config(spec: CellSpec) -> dict[str, Any]:
     """What the engine is asked to apply to a cell, in its own words (HostConfig of the Docker API)."""
     limits = spec.limits
     memory = limits.memory_mib << 20
-    half = max(1, limits.tmpfs_mib // 2)
+    # Together they are what the policy lets a call write.
+    job = max(1, limits.tmpfs_mib // 2)
+    other = max(1, limits.tmpfs_mib // 4)
     writable = "rw,nosuid,nodev,exec,mode=1777,size={}m,nr_inodes={}"
     return {
         "NetworkMode": "none",
@@ -320,9 +322,9 @@ def host_config(spec: CellSpec) -> dict[str, Any]:
         "SecurityOpt": ["no-new-privileges:true", f"seccomp={_seccomp()}"],
         "ReadonlyRootfs": True,
         "Tmpfs": {
-            "/job": writable.format(limits.tmpfs_mib, _INODES),
-            "/tmp": writable.format(half, _INODES // 2),  # noqa: S108 - inside the cell
-            "/dev/shm": writable.format(half, _INODES // 2),  # noqa: S108 - inside the cell
+            "/job": writable.format(job, _INODES),
+            "/tmp": writable.format(other, _INODES // 2),  # noqa: S108 - inside the cell
+            "/dev/shm": writable.format(other, _INODES // 2),  # noqa: S108 - inside the cell
             "/dev/mqueue": "ro,size=4k",
         },
         "IpcMode": "private",

@@ -1,7 +1,7 @@
 """A few cells, kept clean and warm, and a fair queue in front of them.
 
 The pool knows nothing of containers: it is given a way to make a cell. A caller gets a clean cell, waits for the
-outcome and goes; cleaning and replacing happen behind its back. A cell that leaves any doubt is destroyed, never reused.
+outcome and goes; cleaning and replacing happen behind its back. A cell that leaves a doubt is destroyed, not reused.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ class Pool:
                     self._waiting.remove(waiter)
             if waiter.cell is None and waiter.error is None:
                 raise SandboxUnavailableError(
-                    f"no cell became free within {self._wait_s:.0f} s: give the profile more `cells` or send fewer calls"
+                    f"no cell became free within {self._wait_s:.0f} s: give the profile more cells or send fewer calls"
                 )
         if waiter.error is not None:
             raise waiter.error

@@ -53,10 +53,10 @@ def test_the_printed_verifier_agrees_on_an_untouched_log(stranger, story):
     "edit",
     [
         lambda lines: lines[:5] + lines[6:],
-        lambda lines: lines[:5] + [lines[6], lines[5]] + lines[7:],
-        lambda lines: lines[:5] + [lines[5]] + lines[5:],
+        lambda lines: [*lines[:5], lines[6], lines[5], *lines[7:]],
+        lambda lines: [*lines[:5], lines[5], *lines[5:]],
         lambda lines: [line.replace(b"python", b"Python") for line in lines],
-        lambda lines: lines[:-1] + [lines[-1][:-20]],
+        lambda lines: [*lines[:-1], lines[-1][:-20]],
     ],
     ids=["dropped", "swapped", "repeated", "edited", "cut"],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import errno
 import json
 import math
@@ -97,6 +98,18 @@ class TestChain:
         with pytest.raises(AuditTamperedError, match=r"seg-000000000001\.jsonl:7: record 7 was altered"):
             open_log(run_dir)
 
+    def test_an_edited_end_without_a_newline_does_not_swallow_the_next_record(self, run_dir):
+        """Whatever stands behind the last newline is set aside where the log is opened all the same."""
+        plain_log(run_dir)
+        path = segment(run_dir)
+        path.write_bytes(path.read_bytes()[:-1] + b"xyz")
+        with open_log(run_dir, verify=False) as log:
+            log.append("freeze.entered", {"freeze": "f1"})
+        assert verify(run_dir).code == 20
+        assert [entry.type for entry in read.entries(run_dir)][-3:] == [
+            *("log.recovered", "log.opened", "freeze.entered"),
+        ]
+
     def test_an_edited_log_can_still_record_a_freeze_when_asked_to(self, run_dir):
         """`verify=False` goes on behind what is there, and the edit stays visible."""
         plain_log(run_dir)
@@ -107,6 +120,9 @@ class TestChain:
         assert verify(run_dir).status == "tamper"
         assert "record 7 was altered" in verify(run_dir).findings[0]
         assert len(verify(run_dir).findings) == 1
+
+    def test_the_example_in_the_docstring_works(self):
+        assert doctest.testmod(log_module) == (0, 4)
 
 
 class TestEnvelope:
@@ -164,7 +180,7 @@ class TestEnvelope:
             ("freeze.enterd", {}, "record type 'freeze.enterd' is unknown.*Did you mean 'freeze.entered'"),
             ("note.added", {"x": [{"y": object()}]}, r"body\.x\[0\]\.y is a object, which a record cannot hold"),
             ("note.added", {"x": {1: 2}}, r"body\.x has the key 1, which is not a string"),
-            ("note.added", {"x": "y" * 300_000}, "has 300,008 bytes; at most 256 KiB fit"),
+            ("note.added", {"x": "y" * 300_000}, "has 300,008 bytes, its line 300,[0-9]+; at most 256 KiB of body fit"),
         ],
     )
     def test_refuses_what_is_no_record(self, run_dir, type_, body, message):

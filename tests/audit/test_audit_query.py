@@ -25,7 +25,7 @@ class TestWhy:
         lines = query.why(story).splitlines()
         assert lines[0] == "freeze f2, in cycle 6, at 2030-01-01 09:32:03 UTC"
         assert lines[1].startswith("tripped   promotion gate, rule panel.correct: correct rose by 0.4")
-        assert lines[2].startswith("value     correct 0.92")
+        assert lines[2].startswith("value     correct 0.93")
         assert lines[4].startswith("weights   updates 289-336 were undone, weights are back at snapshot ")
         assert lines[5].startswith("actor     that of cycle 5 stays (snapshot ")
         assert lines[-1] == f"go on     loopguard resume {story} --by NAME --reason TEXT"

@@ -19,7 +19,7 @@ from loopguard.errors import UsageError
 from loopguard.testing import FrozenClock
 
 FILES = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+    deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
 )
 
 

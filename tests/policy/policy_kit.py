@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 from loopguard.policy.schema import GuardPolicy
@@ -66,3 +68,21 @@ def small(**changes: Any) -> GuardPolicy:
         else:
             section[last] = value
     return GuardPolicy.model_validate_json(json.dumps(said))
+
+
+def cases(name: str) -> list[tuple[list[tuple[str, str]], list[str]]]:
+    """The (edits, lines said) of a text file beside this one."""
+    found = []
+    text = (Path(__file__).parent / name).read_text(encoding="utf-8")
+    for block in re.split(r"\n{2,}", re.sub(r"(?m)^#.*\n", "", text).strip("\n")):
+        lines = block.splitlines()
+        said = [line.strip() for line in lines if re.match(r"    \d+:\d+: ", line)]
+        edits = [tuple(map(_unescaped, line.split(" => "))) for line in lines[: len(lines) - len(said)]]
+        assert said, block
+        assert all(len(edit) == 2 for edit in edits), block
+        found.append((edits, said))
+    return found
+
+
+def _unescaped(text: str) -> str:
+    return "" if text == "(nothing)" else text.encode("ascii").decode("unicode_escape")

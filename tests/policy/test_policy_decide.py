@@ -14,6 +14,8 @@ from loopguard.types import ToolCall
 
 RUN = {"id": "calculator", "tool": "python", "then": "run", "sandbox": "offline"}
 SHELL = {"id": "shell", "tool": "sh", "then": "run", "sandbox": "offline"}
+SHORT = RUN | {"max_code_bytes": 4}
+FENCED = RUN | {"refuse_patterns": ["^import", "__", "eval"]}
 DENY = {"id": "never", "tool": "python", "then": "deny"}
 
 
@@ -25,9 +27,12 @@ def call(code="print(1)", tool="python"):
     return ToolCall(id="c1", tool=tool, code=code)
 
 
-# (rules, call, result, rule, reason)
+LETS = "rule calculator lets python run in sandbox offline"
+NFKC_DUNDER = "\uff3f\uff3fclass\uff3f\uff3f"
+STYLED_EVAL = "\U0001d4eeval('1')"
+
 TABLE = [
-    ([RUN], call(), "allow", "calculator", "rule calculator lets python run in sandbox offline"),
+    ([RUN], call(), "allow", "calculator", LETS),
     ([RUN], call(tool="sh"), "deny", "default", "no rule lets the tool 'sh' run"),
     ([RUN], call(tool="Python"), "deny", "default", "no rule lets the tool 'Python' run"),
     ([RUN], call(tool=""), "deny", "default", "no rule lets the tool '' run"),
@@ -35,21 +40,16 @@ TABLE = [
     ([RUN, SHELL, DENY], call(), "deny", "never", "rule never denies python"),
     ([DENY, SHELL, RUN], call(), "deny", "never", "rule never denies python"),
     ([DENY, SHELL, RUN], call(tool="sh"), "allow", "shell", "rule shell lets sh run in sandbox offline"),
-    ([RUN | {"max_code_bytes": 4}], call("1234"), "allow", "calculator", "rule calculator lets python run in sandbox offline"),
-    ([RUN | {"max_code_bytes": 4}], call("12345"), "deny", "calculator", "the code is 5 bytes long; rule calculator takes at "
-     "most 4"),
-    ([RUN | {"max_code_bytes": 4}], call("äöü"), "deny", "calculator", "the code is 6 bytes long; rule calculator takes at "
-     "most 4"),
-    ([RUN | {"refuse_patterns": ["import"]}], call("import os"), "deny", "calculator", "the code matches 'import', which rule "
-     "calculator refuses"),
-    ([RUN | {"refuse_patterns": ["^import"]}], call("x\nimport os"), "allow", "calculator", "rule calculator lets python run in "
-     "sandbox offline"),
-    ([RUN | {"refuse_patterns": ["__"]}], call("\uff3f\uff3fclass\uff3f\uff3f"), "deny", "calculator", "the code matches '__', "
-     "which rule calculator refuses"),
-    ([RUN | {"refuse_patterns": ["eval"]}], call("\U0001d4eeval('1')"), "deny", "calculator", "the code matches 'eval', which "
-     "rule calculator refuses"),
+    ([SHORT], call("1234"), "allow", "calculator", LETS),
+    ([SHORT], call("12345"), "deny", "calculator", "the code is 5 bytes long; rule calculator takes at most 4"),
+    ([SHORT], call("äöü"), "deny", "calculator", "the code is 6 bytes long; rule calculator takes at most 4"),
+    ([FENCED], call("import os"), "deny", "calculator", "the code matches '^import', which rule calculator refuses"),
+    ([FENCED], call("x\nimport os"), "allow", "calculator", LETS),
+    ([FENCED], call("a.__b"), "deny", "calculator", "the code matches '__', which rule calculator refuses"),
+    ([FENCED], call(NFKC_DUNDER), "deny", "calculator", "the code matches '__', which rule calculator refuses"),
+    ([FENCED], call(STYLED_EVAL), "deny", "calculator", "the code matches 'eval', which rule calculator refuses"),
     ([RUN], call("'\ud800'"), "deny", "calculator", "the code is not valid text: it holds half of a surrogate pair"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("rules", "the_call", "result", "rule", "reason"), TABLE)
@@ -120,15 +120,10 @@ CALLS = st.builds(
 
 @given(rules=rule_lists(), the_call=CALLS, data=st.data())
 def test_the_order_of_rules_and_patterns_never_matters(rules, the_call, data):
-    shuffled = [
-        rule
-        | (
-            {"refuse_patterns": data.draw(st.permutations(rule["refuse_patterns"]))}
-            if "refuse_patterns" in rule
-            else {}
-        )
-        for rule in data.draw(st.permutations(rules))
-    ]
+    shuffled = data.draw(st.permutations(rules))
+    for i, rule in enumerate(shuffled):
+        if patterns := rule.get("refuse_patterns"):
+            shuffled[i] = rule | {"refuse_patterns": data.draw(st.permutations(patterns))}
     assert decide(policy(*rules), the_call) == decide(policy(*shuffled), the_call)
 
 

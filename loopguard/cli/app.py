@@ -1,0 +1,68 @@
+"""The command line: results on standard output, everything else on standard error, one table of exit codes.
+
+    0 ok or allowed, 1 findings or refused, 2 usage, 3 policy, 4 frozen, 5 sandbox, 6 audit log,
+    7 run directory busy, 130 interrupted
+
+The library raises; `main` is the one place that prints an error and chooses the code.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import typer
+
+from loopguard.cli import audit, doctor, freeze, policy, run, sandbox
+from loopguard.errors import InterruptedLoop, LoopGuardError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer(
+    name="loopguard",
+    help="Guard a self-training loop: quarantined tool calls, gated updates, and an audit log of every freeze.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(run.demo)
+app.add_typer(run.app, name="run")
+app.command("doctor")(doctor.doctor)
+app.command("status")(freeze.status)
+app.command("freeze")(freeze.freeze)
+app.command("resume")(freeze.resume)
+app.add_typer(policy.app, name="policy")
+app.add_typer(audit.app, name="audit")
+app.add_typer(sandbox.app, name="sandbox")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit with its code."""
+    sys.exit(_main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
+    try:
+        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return _say(InterruptedLoop("interrupted"))
+    except LoopGuardError as error:
+        return _say(error)
+    except BrokenPipeError:
+        # Somebody piped into `head`. What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _say(error: LoopGuardError) -> int:
+    print(f"loopguard: {error}", file=sys.stderr)
+    return error.exit_code

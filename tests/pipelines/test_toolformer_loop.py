@@ -1,0 +1,183 @@
+"""The loop under a real guard, with a calculator in place of the sandbox."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference loops train")
+pytest.importorskip("transformers", reason="the reference loops train")
+
+from loopguard.audit import read
+from loopguard.controller import Cycle
+from loopguard.errors import LoopFrozen, UsageError
+from loopguard.pipelines.toolformer import parse_plant, run
+from loopguard.pipelines.toolformer.faults import HIDDEN_ATTEMPTS, PLAIN_ATTEMPTS
+
+pytestmark = pytest.mark.train
+
+
+def ended(guard):
+    """Everything that has to be equal where two runs are: weights, optimizer, actor."""
+    return guard.state_digest(), guard.actor_digest
+
+
+def of_type(run_dir, kind):
+    return [entry.body for entry in read.entries(run_dir) if entry.type == kind]
+
+
+class TestHonest:
+    @pytest.fixture
+    def finished(self, open_guard, small):
+        options, task = small()
+        with open_guard() as guard:
+            return guard.run_dir, run(guard, options, task=task)
+
+    def test_every_cycle_is_promoted_and_has_a_row(self, finished):
+        _, result = finished
+        assert [row["cycle"] for row in result.rows] == [0, 1, 2]
+        assert [row["proposed"] is None for row in result.rows] == [True, False, False]
+        assert all(0 < row["kept"] <= row["proposed"] for row in result.rows[1:])
+
+    def test_every_call_in_the_table_is_in_the_log(self, finished):
+        run_dir, result = finished
+        calls = sum(row["calls"] for row in result.rows)
+        rechecked = sum(body["recheck"]["checked"] for body in of_type(run_dir, "data.admitted"))
+        assert len(of_type(run_dir, "tool.finished")) == calls + rechecked
+
+    def test_every_evaluation_keeps_its_items(self, finished):
+        run_dir, result = finished
+        for row in result.rows:
+            body = json.loads((run_dir / "eval" / f"cycle-{row['cycle']}.json").read_text())
+            assert body["panel"] == row["panel"]
+            correct = [item["correct"] for item in body["items"]]
+            assert sum(correct) / len(correct) == row["panel"]["correct"]
+
+    def test_the_items_stand_for_the_same_places_in_every_cycle(self, finished):
+        run_dir, _ = finished
+        first, last = (json.loads((run_dir / "eval" / f"cycle-{n}.json").read_text())["items"] for n in (0, 2))
+        assert [(item["origin"], item["expected"]) for item in first] == [
+            (item["origin"], item["expected"]) for item in last
+        ]
+
+    def test_what_the_model_learned_from_it_has_been_computed(self, finished, calculator):
+        run_dir, _ = finished
+        manifest = next((run_dir / "snapshots").glob("*/manifest.json"))
+        memory = json.loads(manifest.read_text())["tree"]["loop"]
+        for _, completion in memory["calls"]:
+            expression = completion.removeprefix("<<").partition(">>")[0].rpartition("=")[0]
+            assert calculator.programs[f"print({expression})"]
+
+
+class TestGoingOn:
+    def test_a_killed_run_ends_as_one_that_was_never_killed(self, open_guard, small, monkeypatch):
+        options, task = small()
+        with open_guard("whole") as guard:
+            whole = run(guard, options, task=task)
+            end = ended(guard)
+
+        class Killed(BaseException):
+            pass
+
+        sound = Cycle.update
+
+        def update(cycle, **given):
+            if (cycle.number, cycle.updates) == (2, 20):
+                raise Killed
+            return sound(cycle, **given)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Cycle, "update", update)
+            with pytest.raises(Killed), open_guard("killed") as guard:
+                run(guard, options, task=task)
+        with open_guard("killed") as guard:
+            torch.rand(7)
+            assert run(guard, options, task=task) == whole
+            assert ended(guard) == end
+
+    def test_a_longer_run_goes_on_where_the_shorter_one_ended(self, open_guard, small):
+        options, task = small(cycles=2)
+        with open_guard("long") as guard:
+            whole = run(guard, options, task=task)
+        with open_guard("short") as guard:
+            run(guard, replace(options, cycles=1), task=task)
+        with open_guard("short") as guard:
+            assert run(guard, options, task=task) == whole
+
+    def test_a_finished_run_is_not_run_again(self, open_guard, small, calculator):
+        options, task = small(cycles=1)
+        with open_guard() as guard:
+            whole = run(guard, options, task=task)
+        calculator.programs.clear()
+        with open_guard() as guard:
+            assert run(guard, options, task=task) == whole
+        assert not calculator.programs
+
+    def test_a_run_directory_of_other_options_is_refused(self, open_guard, small):
+        options, task = small(cycles=1)
+        with open_guard() as guard:
+            run(guard, options, task=task)
+        options, task = small(cycles=1, seed=5)
+        with pytest.raises(UsageError, match=r"another --seed \(0, now 5\)"), open_guard() as guard:
+            run(guard, options, task=task)
+
+
+class TestControl:
+    def test_a_control_admits_and_does_not_train_on_it(self, open_guard, small):
+        """Both loops are the same until the first record of the model would be trained on."""
+        panels = []
+        for control in (False, True):
+            options, task = small(cycles=1, control=control)
+            with open_guard(f"control-{control}") as guard:
+                panels.append([row["panel"] for row in run(guard, options, task=task).rows])
+        assert panels[0][0] == panels[1][0]
+        assert panels[0][1] != panels[1][1]
+
+
+class TestPlanted:
+    """Each fault is caught at its own gate, and no faulty weight reaches the actor."""
+
+    def frozen(self, open_guard, small, plant):
+        options, task = small(cycles=2, plant=parse_plant(plant))
+        with open_guard() as guard:
+            with pytest.raises(LoopFrozen) as caught:
+                run(guard, options, task=task)
+            assert guard.promoted_cycle == 1
+            [freeze] = of_type(guard.run_dir, "freeze.entered")
+            applied = [body["actor"] for body in of_type(guard.run_dir, "promotion.applied")]
+            assert guard.actor_digest == applied[-1]
+        return freeze, caught.value, guard.run_dir
+
+    @pytest.mark.parametrize("fault", ["nan", "negative-loss"])
+    def test_an_impossible_loss_is_withheld(self, open_guard, small, fault):
+        freeze, _, _ = self.frozen(open_guard, small, f"{fault}@2")
+        assert (freeze["gate"], freeze["rule"]) == ("update", "bounds:loss")
+        assert freeze["restored"] is None
+
+    def test_an_answer_in_the_prompt_is_quarantined(self, open_guard, small):
+        freeze, _, run_dir = self.frozen(open_guard, small, "answer-leak@2")
+        assert freeze["gate"] == "data"
+        reasons = {body["reason"] for body in of_type(run_dir, "data.quarantined")}
+        assert "forbidden_in_prompt" in reasons
+
+    def test_a_verifier_that_accepts_everything_is_found_out(self, open_guard, small):
+        freeze, frozen, _ = self.frozen(open_guard, small, "verifier-bug@2")
+        assert freeze["gate"] == "data"
+        assert "do not hold when run again" in frozen.reason
+
+    def test_escapes_are_refused_or_reach_the_cell_and_freeze_the_loop(self, open_guard, small, calculator):
+        freeze, _, _ = self.frozen(open_guard, small, "tool-escape@2")
+        assert (freeze["gate"], freeze["rule"]) == ("tool", "rate:refused")
+        assert not any(calculator.programs[attempt] for attempt in PLAIN_ATTEMPTS)
+
+
+def test_hidden_attempts_hold_nothing_that_a_pattern_over_their_text_would_find():
+    """They are there to be held by the cell, so they have to get as far as the cell."""
+    for attempt in HIDDEN_ATTEMPTS:
+        assert not any(word in attempt for word in ("__", "import", "open", "exec", "eval", "socket", "os."))
+        compile(attempt, "attempt", "exec")
+    for attempt in PLAIN_ATTEMPTS:
+        compile(attempt, "attempt", "exec")
+        assert len(attempt) <= 400

@@ -1,0 +1,190 @@
+"""The freeze state: stopping is cheap, going on is dear, and nothing in between is lost."""
+
+import json
+
+import pytest
+
+from loopguard.audit import read
+from loopguard.audit.log import AuditLog
+from loopguard.errors import AuditWriteError, LoopFrozen, UsageError
+from loopguard.state import FreezeState, set_latch, standing, submit
+from loopguard.types import Decision, Signal
+
+DECISION = Decision(
+    result="freeze",
+    gate="update",
+    rule="bounds:loss",
+    reason="loss is nan",
+    signals=(Signal(level="trip", monitor="bounds", metric="loss", value=float("nan"), at=7),),
+)
+
+
+class Run:
+    """A run directory with a log; `open` is a start of its owner, `crash` an end without a goodbye."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir()
+        (path / "run.json").write_text(json.dumps({"id": "run-1", "policy": "0" * 64}))
+
+    def open(self):
+        self.log = AuditLog.open(self.path, run_id="run-1", policy="0" * 64)
+        return FreezeState(self.path, self.log)
+
+    def crash(self):
+        self.log.close()
+
+    def types(self):
+        return [e.type for e in read.entries(self.path) if e.type in {"freeze.entered", "resume.applied"}]
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = Run(tmp_path / "run")
+    yield run
+    run.crash()
+
+
+def test_a_new_run_is_not_frozen(run):
+    state = run.open()
+    assert not state.frozen
+    state.raise_if_frozen()
+    assert not standing(run.path).frozen
+
+
+def test_a_freeze_is_latched_before_it_is_logged(run, monkeypatch):
+    state = run.open()
+    seen = []
+    append = run.log.append
+    monkeypatch.setattr(
+        run.log, "append", lambda *a, **k: seen.append((run.path / "latch").exists()) or append(*a, **k)
+    )
+    state.freeze(DECISION, cycle=2, facts={})
+    assert seen == [True]
+
+
+def test_a_freeze_survives_a_restart_by_the_latch_or_by_the_log_alone(run):
+    run.open().freeze(DECISION, cycle=2, facts={})
+    run.crash()
+    (run.path / "latch").unlink()
+    state = run.open()
+    assert (state.frozen, state.freeze_id, state.reason) == (True, "f1", "loss is nan")
+    with pytest.raises(LoopFrozen, match="f1"):
+        state.raise_if_frozen()
+
+
+def test_a_latch_whose_record_was_never_written_becomes_a_freeze_at_the_next_start(run):
+    run.open()
+    run.crash()
+    set_latch(run.path, freeze="f1", reason="killed in between")
+    assert not standing(run.path).acknowledged
+    assert run.open().reason == "killed in between"
+    assert run.types() == ["freeze.entered"]
+    assert standing(run.path).acknowledged
+
+
+def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
+    state = run.open()
+    state.freeze(DECISION, cycle=2, facts={})
+    assert state.resume(by="dana", reason="bad shard 17 removed") == "f1"
+    assert not state.frozen
+    assert not (run.path / "latch").exists()
+    run.crash()
+    assert not run.open().frozen
+
+
+def test_a_resume_that_died_before_it_took_the_latch_away_is_finished(run):
+    state = run.open()
+    state.freeze(DECISION, cycle=2, facts={})
+    latch = (run.path / "latch").read_bytes()
+    state.resume(by="dana", reason="fixed")
+    run.crash()
+    (run.path / "latch").write_bytes(latch)
+    assert not run.open().frozen
+    assert not (run.path / "latch").exists()
+
+
+def test_each_freeze_has_a_number_of_its_own_and_a_higher_epoch(run):
+    state = run.open()
+    first = run.log.epoch
+    state.freeze(DECISION, cycle=1, facts={})
+    state.resume(by="dana", reason="x")
+    run.crash()
+    state = run.open()
+    assert state.freeze(DECISION, cycle=2, facts={}) == "f2"
+    assert run.log.epoch > first + 1
+
+
+def test_a_second_trip_while_frozen_keeps_the_first_reason(run):
+    state = run.open()
+    state.freeze(DECISION, cycle=1, facts={})
+    state.latch("something else")
+    assert (state.freeze_id, state.reason) == ("f1", "loss is nan")
+
+
+@pytest.mark.parametrize("lie", [{"seq": 1, "hash": "0" * 64}, {"seq": 10**6, "hash": "0" * 64}])
+def test_a_cache_that_contradicts_the_log_means_frozen(run, lie):
+    run.open().remember(cycle=1)
+    run.crash()
+    cache = json.loads((run.path / "state.json").read_text())
+    (run.path / "state.json").write_text(json.dumps(cache | lie))
+    assert standing(run.path).frozen
+    assert run.open().frozen
+
+
+def test_a_cache_that_cannot_be_read_means_frozen(run):
+    run.open().remember(cycle=1)
+    run.crash()
+    (run.path / "state.json").write_text("{")
+    assert standing(run.path).frozen
+
+
+def test_a_log_that_takes_no_records_freezes_all_the_same(run, monkeypatch):
+    state = run.open()
+
+    def full(*_args, **_options):
+        raise AuditWriteError("disk full")
+
+    monkeypatch.setattr(run.log, "append", full)
+    with pytest.raises(AuditWriteError):
+        state.freeze(DECISION, cycle=1, facts={})
+    assert state.frozen
+    assert (run.path / "latch").exists()
+
+
+class TestRequests:
+    def test_are_recorded_handed_out_once_and_set_aside(self, run):
+        submit(run.path, "note", by="dana", reason="looked at it")
+        state = run.open()
+        assert [(r.kind, r.by) for r in state.requests()] == [("note", "dana")]
+        assert list(state.requests()) == []
+        assert [e.body["reason"] for e in read.entries(run.path) if e.type == "note.requested"] == ["looked at it"]
+
+    def test_come_in_the_order_they_were_made(self, run):
+        for n in range(5):
+            submit(run.path, "note", by="dana", reason=str(n))
+        assert [r.reason for r in run.open().requests()] == ["0", "1", "2", "3", "4"]
+
+    def test_garbage_is_set_aside_and_said(self, run):
+        state = run.open()
+        (run.path / "requests").mkdir()
+        (run.path / "requests" / "x.json").write_text('{"kind": "launch"}')
+        assert list(state.requests()) == []
+        assert (run.path / "requests" / "done" / "x.json").exists()
+
+    def test_without_a_living_loop_they_are_settled_by_whoever_takes_the_lock(self, run):
+        submit(run.path, "freeze", by="dana", reason="looks wrong")
+        state = run.open()
+        state.take_requests()
+        assert state.reason == "dana asked for it: looks wrong"
+        submit(run.path, "resume", by="dana", reason="false alarm", freeze="f9")
+        state.take_requests()
+        assert state.frozen, "that resume was meant for another freeze"
+        submit(run.path, "resume", by="dana", reason="false alarm", freeze="f1")
+        state.take_requests()
+        assert not state.frozen
+
+
+def test_standing_names_a_directory_that_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match="is not a run directory"):
+        standing(tmp_path)
