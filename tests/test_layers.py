@@ -31,6 +31,7 @@ ROWS = {
 # Where each third-party package may be imported: a module or package, and whether only inside functions.
 HOMES = {
     "docker": ["sandbox/docker.py"],
+    "requests": ["sandbox/docker.py"],  # what the docker client speaks through, and raises
     "pydantic": ["policy/"],
     "pydantic_core": ["policy/"],
     "ruamel": ["policy/"],

@@ -72,6 +72,7 @@ _HASH_PREFIX = b"loopguard-record-v1\n"
 _HASH_MEMBER = b',"hash":"'
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _SAFE_INT = 2**53
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 # Keys that sort before and after "hash"; a line is written as two halves with the hash between them.
 _FRONT = ("actor", "body", "boot", "cause", "cycle", "epoch")
@@ -236,9 +237,7 @@ def number(value: Any) -> float | None:
         return None
     if isinstance(value, (int, float)):
         return float(value)
-    if value in {"NaN", "Infinity", "-Infinity"}:
-        return float(value)
-    return None
+    return float(value) if isinstance(value, str) and value in _NOT_FINITE else None
 
 
 def check_type(name: str) -> None:

@@ -43,7 +43,7 @@ from loopguard.audit.events import (
 from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, RunBusyError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -180,7 +180,8 @@ class AuditLog:
         self._trouble: str | None = None
         self._last_used = False
         self._pending: tuple[Head, int] | None = None
-        found = _scan(run_dir, folder.name, log, strict=strict)
+        with _disk(f"read the audit log of {run_dir}"):
+            found = _scan(run_dir, folder.name, log, strict=strict)
         self._head = found.head
         self._epoch = found.epoch
         with _disk(f"write the audit log of {run_dir}"):
@@ -540,7 +541,7 @@ def _unrecorded(folder: Path, recovered: frozenset[str]) -> list[tuple[str, byte
 
 
 @contextlib.contextmanager
-def _disk(doing: str) -> Any:
+def _disk(doing: str) -> Iterator[None]:
     """Turn what the file system says into one sentence."""
     try:
         yield

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import structlog
 
 from loopguard.audit.events import is_digest, printable
-from loopguard.audit.query import amount, expected, panel_of, short
+from loopguard.audit.query import amount, expected, panel_of, short, signals_of
 
 if TYPE_CHECKING:
     from loopguard.audit.events import Entry
@@ -91,9 +91,8 @@ def _flat(value: Any) -> Any:
 
 def _freeze(body: _Body) -> dict[str, Any]:
     told = _picked("freeze", "gate", "rule", "reason", "update")(body)
-    signals = [signal for signal in body.get("signals") or () if isinstance(signal, dict)]
-    if signals:
-        told |= {"metric": signals[0].get("metric"), "value": amount(signals[0].get("value"))}
+    if signals := signals_of(body):
+        told |= {"metric": _flat(signals[0].get("metric")), "value": amount(signals[0].get("value"))}
         told["expected"] = expected(signals[0])
     return told | {"restored": short(body["restored"]) if body.get("restored") else None}
 
@@ -117,7 +116,7 @@ def _withheld(body: _Body) -> dict[str, Any]:
 
 def _removed(body: _Body) -> dict[str, Any] | None:
     """Recycling is routine; a lost or dirty cell is not."""
-    return _picked("cell", "reason")(body) if body.get("reason") in {"dirty", "lost"} else None
+    return _picked("cell", "reason")(body) if body.get("reason") in ("dirty", "lost") else None
 
 
 _TELLERS: dict[str, Callable[[_Body], dict[str, Any] | None]] = {

@@ -84,8 +84,14 @@ class Freeze:
     @property
     def signal(self) -> Mapping[str, Any] | None:
         """The signal that tripped first."""
-        signals = [signal for signal in self.body.get("signals") or () if isinstance(signal, dict)]
+        signals = signals_of(self.body)
         return next((signal for signal in signals if signal.get("level") == "trip"), signals[0] if signals else None)
+
+    @property
+    def next(self) -> list[str]:
+        """What the freeze says a person may do."""
+        steps = self.body.get("next")
+        return [str(step) for step in steps] if isinstance(steps, list) else []
 
     def facts(self) -> dict[str, Any]:
         """For machines: what the records hold."""
@@ -139,7 +145,9 @@ class Story:
                 self.policy_name = str(body.get("name", ""))
             case "run.started":
                 self._ended = ""
-                self.command, self.seed = [str(word) for word in body.get("command") or ()], body.get("seed")
+                command = body.get("command")
+                self.command = [str(word) for word in command] if isinstance(command, list) else []
+                self.seed = body.get("seed")
             case "run.finished" | "run.interrupted":
                 self._ended = entry.type.removeprefix("run.")
             case "cycle.started":
@@ -194,12 +202,12 @@ def _count(cycle: CycleTold, kind: str, body: Mapping[str, Any]) -> None:
         case "data.admitted" | "data.refused":
             cycle.proposed = _sum(cycle.proposed, body.get("proposed"))
             cycle.kept = _sum(cycle.kept, body.get("kept"))
-            cycle.admitted += int(body.get("admitted") or 0) if kind == "data.admitted" else 0
+            cycle.admitted += whole(body.get("admitted")) if kind == "data.admitted" else 0
             cycle.own_share = number(body.get("own_share"))
         case "data.quarantined":
-            cycle.quarantined[str(body.get("reason"))] += int(body.get("count") or 1)
+            cycle.quarantined[str(body.get("reason"))] += whole(body.get("count"))
         case "update.applied":
-            first, last = int(body.get("from") or 0), int(body.get("to") or 0)
+            first, last = whole(body.get("from")), whole(body.get("to"))
             cycle.first_update = first if cycle.first_update is None else cycle.first_update
             cycle.last_update = last
             cycle.updates += last - first + 1
@@ -218,7 +226,18 @@ def _count(cycle: CycleTold, kind: str, body: Mapping[str, Any]) -> None:
 
 
 def _sum(so_far: int | None, more: Any) -> int | None:
-    return so_far if more is None else (so_far or 0) + int(more)
+    return so_far if more is None else (so_far or 0) + whole(more)
+
+
+def whole(value: Any) -> int:
+    """A recorded count; zero for what is none, since whether a record makes sense is not a reader's to say."""
+    return value if type(value) is int else 0
+
+
+def signals_of(body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The signals in a record."""
+    signals = body.get("signals")
+    return [signal for signal in signals if isinstance(signal, dict)] if isinstance(signals, list) else []
 
 
 def panel_of(body: Mapping[str, Any]) -> dict[str, float]:
@@ -278,7 +297,7 @@ def explain(freeze: Freeze, run_dir: str) -> list[str]:
         ("actor", actor_told(freeze)),
         ("evidence", f"{run_dir}/{body['capsule']}" if body.get("capsule") else ""),
         ("resumed", resumed_told(freeze)),
-        ("next", "; ".join(str(step) for step in body.get("next") or ()) if freeze.resumed is None else ""),
+        ("next", "; ".join(freeze.next) if freeze.resumed is None else ""),
         ("look", f"loopguard audit report {folder}" if freeze.resumed is None else ""),
         ("go on", f"loopguard resume {folder} --by NAME --reason TEXT" if freeze.resumed is None else ""),
     ]

@@ -6,6 +6,7 @@ record's own hash where it hands one out; whether the records follow one another
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -17,7 +18,7 @@ from typing import IO, TYPE_CHECKING
 
 from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, decode
 from loopguard.audit.events import Entry as Entry
-from loopguard.errors import AuditTamperedError, UsageError
+from loopguard.errors import AuditError, AuditTamperedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
@@ -123,7 +124,8 @@ def lines(run_dir: Path, stream: str = CONTROLLER) -> Iterator[Line]:
     if not paths:
         raise UsageError(f"{run_dir} holds no audit log ({stream_dir(run_dir, stream)} has no seg-*.jsonl)")
     for path in paths:
-        yield from raw_lines(path)
+        with _readable(path):
+            yield from raw_lines(path)
 
 
 def entries(run_dir: Path, stream: str = CONTROLLER, *, types: Collection[str] | None = None) -> Iterator[Entry]:
@@ -143,9 +145,12 @@ def at(run_dir: Path, stream: str, seq: int) -> Entry | None:
     """The record with this number; None where the log has none."""
     path = next((path for path in reversed(segments(run_dir, stream)) if first_seq(path) <= seq), None)
     member = f',"seq":{seq},"ts":'.encode("ascii")
-    for line in raw_lines(path) if path else ():
-        if line.complete and line.data.rfind(member) >= 0 and (entry := _entry(line.data, line.place)).seq == seq:
-            return entry
+    if path is None:
+        return None
+    with _readable(path):
+        for line in raw_lines(path):
+            if line.complete and member in line.data and (entry := _entry(line.data, line.place)).seq == seq:
+                return entry
     return None
 
 
@@ -181,6 +186,15 @@ def holder(descriptor: int) -> Holder:
         return Holder(0, "a moment ago")  # it took the lock and has not written yet
 
 
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Say in one sentence which file the file system refuses."""
+    try:
+        yield
+    except OSError as error:
+        raise AuditError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
 def _entry(data: bytes, place: str) -> Entry:
     try:
         return decode(data)
@@ -191,7 +205,9 @@ def _entry(data: bytes, place: str) -> Entry:
 def last(run_dir: Path, stream: str = CONTROLLER) -> Entry | None:
     """The newest record, read from the end of the newest segment; None where nothing was recorded yet."""
     for path in reversed(segments(run_dir, stream)):
-        if (data := _last_line(path)) is not None:
+        with _readable(path):
+            data = _last_line(path)
+        if data is not None:
             return _entry(data, f"{path} (last line)")
     return None
 

@@ -7,6 +7,7 @@ us, HTML by jinja2.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections import Counter, defaultdict
@@ -60,6 +61,7 @@ def render(run_dir: Path) -> str:
     return template.render(view=_View(told, verify(run_dir), run_dir, cut))
 
 
+@functools.cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -166,8 +168,8 @@ class _Told:
             curve.settle(kept=kept)
 
     def _applied(self, body: Mapping[str, Any]) -> None:
-        first = int(body.get("from") or 0)
-        self._update = int(body.get("to") or 0)
+        first = query.whole(body.get("from"))
+        self._update = query.whole(body.get("to"))
         for metric, values in _lists(body.get("readings")):
             points = ((first + step, value) for step, value in enumerate(values))
             self.curves[metric].open += [(at, value) for at, value in points if math.isfinite(value)]
@@ -188,7 +190,7 @@ class _Told:
             how = f"refused by {body.get('rule')}: {body.get('reason')}"
         elif entry.type == "tool.lost":
             how = f"lost: {body.get('reason')}"
-        elif body.get("status") in CONTAINED:
+        elif str(body.get("status")) in CONTAINED:
             how = f"contained: {body.get('status')}"
         else:
             return
@@ -356,15 +358,14 @@ def _withheld_mark(frame: _Frame, x: float, y: float) -> Mark:
 
 
 def _range_marks(frame: _Frame, metric: str, freezes: Sequence[tuple[float, query.Freeze]]) -> Iterator[Mark]:
-    """The range that was expected where a freeze tripped on this metric."""
+    """The range that was expected where a freeze tripped on this metric; an open one would only cover the freeze."""
     for x, freeze in freezes:
-        for signal in freeze.body.get("signals") or ():
-            if not isinstance(signal, dict) or signal.get("metric") != metric:
+        for signal in query.signals_of(freeze.body):
+            if signal.get("metric") != metric:
                 continue
             low, high = number(signal.get("low")), number(signal.get("high"))
-            top = frame.y(frame.high_y if high is None else high)
-            bottom = frame.y(frame.low_y if low is None else low)
-            yield Mark(frame.x(x), top, f"expected {query.expected(signal)}", y2=bottom)
+            if low is not None and high is not None:
+                yield Mark(frame.x(x), frame.y(high), f"expected {query.expected(signal)}", y2=frame.y(low))
             break
 
 

@@ -117,10 +117,10 @@ def _sentences(detail: ErrorDetails, source: Source) -> Iterator[Placed]:
             yield from _said(where, f"is missing: {_meaning(where)}", source)
     elif detail["type"] == "union_tag_invalid":
         where = (*where, "kind")
-        yield from _said(where, _tail(detail, _value(where, source), source.spots[where].quoted), source)
+        yield from _said(where, _tail(detail, _value(where, source), quoted=source.spots[where].quoted), source)
     else:
         spot = source.spots.get(where)
-        yield from _said(where, _tail(detail, _value(where, source), spot is not None and spot.quoted), source)
+        yield from _said(where, _tail(detail, _value(where, source), quoted=spot is not None and spot.quoted), source)
 
 
 def _said(where: Where, tail: str, source: Source) -> Iterator[Placed]:
@@ -129,7 +129,7 @@ def _said(where: Where, tail: str, source: Source) -> Iterator[Placed]:
         yield spot_of(where, source), f"{dotted(where) or 'the policy'} {tail}"
 
 
-def _tail(detail: ErrorDetails, value: Any, quoted: bool) -> str:  # noqa: FBT001 - one caller, beside it
+def _tail(detail: ErrorDetails, value: Any, *, quoted: bool) -> str:
     """What comes after the place: what it is, what was expected, and the nearest right answer."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "value_error":
@@ -150,10 +150,10 @@ def _tail(detail: ErrorDetails, value: Any, quoted: bool) -> str:  # noqa: FBT00
     expected = _TYPES.get(kind.split("_")[0], "")
     if not expected:
         return f"is {shown(value)}; {detail['msg']}"
-    return f"is {shown(value)}; expected {expected}{_hint(value, expected, quoted)}"
+    return f"is {shown(value)}; expected {expected}{_hint(value, expected, quoted=quoted)}"
 
 
-def _hint(value: Any, expected: str, quoted: bool) -> str:  # noqa: FBT001 - one caller, above
+def _hint(value: Any, expected: str, *, quoted: bool) -> str:
     """The fix for a value of the wrong type, where one is likely."""
     if expected == "text" and isinstance(value, (bool, int, float)):
         return ". Put it in quotes"

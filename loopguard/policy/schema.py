@@ -70,8 +70,10 @@ def name(pattern: str, kind: str, example: str) -> BeforeValidator:
 
 
 _IDENTIFIER = r"[a-z0-9][a-z0-9_-]{0,63}"
-Identifier = Annotated[str, name(_IDENTIFIER, "small letters, digits, '-' and '_'", "'offline'")]
-PolicyName = Annotated[str, name(r"[a-z0-9][a-z0-9._-]{0,63}", "small letters, digits, '.', '-' and '_'", "'calc'")]
+Identifier = Annotated[str, name(_IDENTIFIER, "up to 64 small letters, digits, '-' and '_'", "'offline'")]
+PolicyName = Annotated[
+    str, name(r"[a-z0-9][a-z0-9._-]{0,63}", "up to 64 small letters, digits, '.', '-' and '_'", "'calc'")
+]
 ToolName = Annotated[str, name(r"[A-Za-z0-9][\w.:-]{0,63}", "the name of a tool", "'python'")]
 MetricName = Annotated[str, name(r"[A-Za-z0-9][\w./-]{0,63}", "the name of a metric", "'correct'")]
 Module = Annotated[str, name(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python module", "'numpy'")]

@@ -16,6 +16,7 @@ import array
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import resource
@@ -32,6 +33,18 @@ MAGIC = b"LG"
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
 MAX_HEADER, MAX_PAYLOAD = 1 << 16, 64 << 20
 WRITABLE = ("/job", "/tmp", "/dev/shm")
+PLACE = "/job/call"  # the same for every call: a traceback must not tell calls apart
+CODE = {"python": "main.py", "sh": "main.sh"}
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": PLACE,
+    "TMPDIR": PLACE,
+    "LANG": "C.UTF-8",
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+}
+# Imported before a call as well: what most snippets begin with, at the price of a few hundred kilobytes.
+USUAL = ("collections", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
 UID_SPAN = 60_000
 CLEAN_S = 2.0
 JANITOR_S = 5
@@ -60,22 +73,25 @@ COUNTERS = {  # name: places, version 2 of control groups first, then version 1,
 }
 
 
-def count(places):
-    """A counter of this cell's control group, or None where there is none (gVisor)."""
-    for file, key in places:
-        try:
-            with open("/sys/fs/cgroup/" + file) as lines:
-                for line in lines:
-                    name, _, value = line.partition(" ")
-                    if name == key:
-                        return int(value)
-        except OSError:
-            continue
-    return None
+class Counter:
+    """A counter of this cell's control group; it reads as None where there is none (gVisor)."""
 
+    def __init__(self, places):
+        self.file, self.key = None, b""
+        for file, key in places:
+            with contextlib.suppress(OSError):
+                # Held open: opening it anew for each call costs more than reading it.
+                self.file, self.key = os.open("/sys/fs/cgroup/" + file, os.O_RDONLY | os.O_CLOEXEC), key.encode()
+                return
 
-def counters():
-    return {name: count(places) for name, places in COUNTERS.items()}
+    def read(self):
+        if self.file is None:
+            return None
+        for line in os.pread(self.file, 4096, 0).splitlines():
+            name, _, value = line.partition(b" ")
+            if name == self.key:
+                return int(value)
+        return None
 
 
 def disk_is_full():
@@ -90,14 +106,29 @@ def disk_is_full():
 
 
 def zygote(channel, preload):
-    for module in preload:
-        __import__(module)
+    for number in signal.valid_signals() - UNCATCHABLE:
+        signal.signal(number, signal.SIG_DFL)
+    # As Python itself has them; a call inherits them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    os.environ.clear()
+    os.environ.update(ENVIRONMENT)
+    for module in (*USUAL, *preload):
+        try:
+            __import__(module)
+        except BaseException as error:
+            channel.send(f"module {module} cannot be preloaded: {error!r}"[:500].encode())
+            os._exit(1)
+    import atexit
     import gc
     import linecache
+    import threading
     import traceback
     import types
 
-    tools = (linecache, traceback, types)
+    tools = (atexit, linecache, threading, traceback, types)
+    rehearse()
     gc.collect()
     gc.freeze()
     channel.send(b"ready")
@@ -118,14 +149,26 @@ def zygote(channel, preload):
         channel.send(struct.pack(">ii", *((0, -pid) if pid < 0 else (os.waitpid(pid, 0)[1], 0))))
 
 
+def rehearse():
+    """Do once what every call does: what the interpreter sets up at the first time need not be set up in each child."""
+    code = b"import math\ndef f(x):\n    return [str(x), f'{math.sqrt(x)}']\nprint(f(4), len(f(2)))\n"
+    for _ in range(3):
+        standard_streams()  # they lead to /dev/null here
+        exec(compile(code, "rehearsal", "exec", dont_inherit=True), {"__name__": "rehearsal"})
+
+
 def call(request, descriptors, tools):
     try:
         prepare(request, descriptors)
         with open(3, "rb", closefd=True) as file:
             code = file.read()
+        name = CODE[request["tool"]]
+        with open(name, "wb") as file:
+            file.write(code)
         if request["tool"] == "sh":
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            os.execv("/bin/sh", ["sh", "-c", code])
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            os.execv("/bin/sh", ["sh", name])
         os._exit(run_python(code, tools) & 255)
     except BaseException as error:
         with contextlib.suppress(OSError):
@@ -138,12 +181,10 @@ def prepare(request, descriptors):
     # Before the user changes: while not dumpable, the file belongs to root.
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
-    stdin, stdout, stderr, code = descriptors
-    for target, descriptor in enumerate((stdin, stdout, stderr, code)):
-        os.dup2(descriptor, target + 16)
-    for target in range(4):
-        os.dup2(target + 16, target, inheritable=target < 3)
-    os.closerange(4, 4096)
+    # Out of the way first, so that none is overwritten before it has its place.
+    for target, descriptor in enumerate([fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in descriptors]):
+        os.dup2(descriptor, target, inheritable=target < 3)
+    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
     cpu_s = int(request["wall_s"] * request["cpus"]) + 2
     for name, value in (
         (resource.RLIMIT_CPU, cpu_s),
@@ -156,46 +197,27 @@ def prepare(request, descriptors):
         resource.setrlimit(resource.RLIMIT_NPROC, (request["nproc"], request["nproc"]))
     become(request["uid"])
     set_dumpable(1)
-    for number in signal.valid_signals() - UNCATCHABLE:
-        signal.signal(number, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     os.umask(0o077)
-    place = f"/job/{request['uid']}"
-    os.mkdir(place, 0o700)
-    os.chdir(place)
-    os.environ.clear()
-    os.environ.update(
-        PATH="/usr/local/bin:/usr/bin:/bin",
-        HOME=place,
-        TMPDIR=place,
-        LANG="C.UTF-8",
-        OMP_NUM_THREADS="1",
-        OPENBLAS_NUM_THREADS="1",
-    )
+    os.mkdir(PLACE, 0o700)
+    os.chdir(PLACE)
 
 
 def run_python(code, tools):
     """Run code as a script would run, and give its exit status."""
-    linecache, traceback, types = tools
+    atexit, linecache, threading, traceback, types = tools
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
-    with open("main.py", "wb") as file:
-        file.write(code)
-    path = os.path.join(os.getcwd(), "main.py")
+    path = f"{PLACE}/main.py"
     main = types.ModuleType("__main__")
     main.__file__ = path
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
     sys.argv[:] = ["main.py"]
-    sys.path.insert(0, os.getcwd())
-    # New objects: the zygote's own were made for other descriptors.
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", 1, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.path.insert(0, PLACE)
+    standard_streams()
     status = 0
     try:
-        exec(compile(code, path, "exec"), main.__dict__)
+        exec(compile(code, path, "exec", dont_inherit=True), main.__dict__)
     except SystemExit as leave:
         status = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
         if leave.code is not None and not isinstance(leave.code, int):
@@ -205,9 +227,6 @@ def run_python(code, tools):
         here = error.__traceback__
         traceback.print_exception(error.with_traceback(here.tb_next if here else None))
         status = 1
-    import atexit
-    import threading
-
     threading._shutdown()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
@@ -216,40 +235,60 @@ def run_python(code, tools):
     return status
 
 
+def standard_streams():
+    """New objects for standard input and output: the ones that are there were made for other descriptors."""
+    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stdout = sys.__stdout__ = open(1, "w", 1, encoding="utf-8", errors="surrogateescape", closefd=False)
+    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+
+
 # --- the janitor -------------------------------------------------------------------------------------------------------
+
+
+def tidy(uid, name):
+    """The usual case, without a fork: nothing there but the call's own folder with its code in it.
+
+    With that user as the effective one nothing else can be reached, whatever the folder has been replaced with.
+    """
+    os.setresuid(0, uid, 0)
+    try:
+        os.unlink(f"{PLACE}/{name}")
+        os.rmdir(PLACE)
+    except OSError:
+        return False
+    finally:
+        os.setresuid(0, 0, 0)
+    return not any(os.listdir(mount) for mount in WRITABLE)
 
 
 def sweep(mount):
     """Delete all that this user owns in a mount, however deep, without following a link and without recursion."""
-    stack = [(os.open(mount, os.O_RDONLY | os.O_DIRECTORY), None)]
     uid = os.getuid()
+    top = os.open(mount, os.O_RDONLY | os.O_DIRECTORY)
+    mine = [name for name in os.listdir(top) if os.stat(name, dir_fd=top, follow_symlinks=False).st_uid == uid]
+    stack = [(top, "", mine)]
     while stack:
-        folder, name = stack[-1]
-        below = None
-        with os.scandir(folder) as entries:
-            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        for entry, is_folder in found:
-            if len(stack) == 1 and os.stat(entry, dir_fd=folder, follow_symlinks=False).st_uid != uid:
-                continue
-            if not is_folder:
-                os.unlink(entry, dir_fd=folder)
-                continue
-            try:
-                os.rmdir(entry, dir_fd=folder)
-            except OSError:
-                os.chmod(entry, 0o700, dir_fd=folder)
-                below = entry
-                break
-        if below is None:
+        folder, name, found = stack[-1]
+        if not found:
             stack.pop()
             os.close(folder)
             if stack:
                 os.rmdir(name, dir_fd=stack[-1][0])
-        elif len(stack) < 100:
-            stack.append((os.open(below, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder), below))
+            continue
+        entry = found.pop()
+        try:
+            os.unlink(entry, dir_fd=folder)
+            continue
+        except IsADirectoryError:
+            os.chmod(entry, 0o700, dir_fd=folder)
+        if len(stack) < 100:
+            below = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            stack.append((below, entry, os.listdir(below)))
         else:
             # Deeper than we hold descriptors for: hang the branch further up and come back to it.
-            os.rename(below, f"deep-{time.monotonic_ns():x}", src_dir_fd=folder, dst_dir_fd=stack[1][0])
+            branch = f"deep-{time.monotonic_ns():x}"
+            os.rename(entry, branch, src_dir_fd=folder, dst_dir_fd=stack[1][0])
+            stack[1][2].append(branch)
 
 
 def janitor(uid):
@@ -300,6 +339,7 @@ class Cell:
         self.first_uid, self.nproc, self.idle_s, self.preload = first_uid, nproc, idle_s, preload
         self.calls = 0
         self.inbox = bytearray()
+        self.counters = {name: Counter(places) for name, places in COUNTERS.items()}
         self.start_zygote()
 
     def start_zygote(self):
@@ -315,8 +355,11 @@ class Cell:
             arguments = [sys.executable, "-I", __file__, "--zygote", str(theirs.fileno()), *self.preload]
             os.execv(sys.executable, arguments)
         theirs.close()
-        if self.channel.recv(16) != b"ready":
-            sys.exit("the zygote did not start; is every preloaded module in the image?")
+        if (said := self.channel.recv(1024)) != b"ready":
+            sys.exit(said.decode(errors="replace") or "the zygote did not start")
+
+    def count(self):
+        return {name: counter.read() for name, counter in self.counters.items()}
 
     # frames
 
@@ -325,11 +368,13 @@ class Cell:
         magic, kind, header_length, payload_length = HEAD.unpack_from(self.inbox)
         if magic != MAGIC or kind != CALL or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
             os._exit(70)
-        end = HEAD.size + header_length + payload_length
-        self.need(end)
-        header = json.loads(self.inbox[HEAD.size : HEAD.size + header_length])
-        payload = bytes(self.inbox[HEAD.size + header_length : end])
-        del self.inbox[:end]
+        middle = HEAD.size + header_length
+        self.need(middle + payload_length)
+        header = json.loads(self.inbox[HEAD.size : middle])
+        # One copy only: a call of the largest size must not cost PID 1 its life.
+        with memoryview(self.inbox) as view:
+            payload = bytes(view[middle : middle + payload_length])
+        del self.inbox[: middle + payload_length]
         return header, payload
 
     def need(self, length):
@@ -339,7 +384,7 @@ class Cell:
             self.read_some()
 
     def read_some(self):
-        data = os.read(0, 1 << 16)
+        data = os.read(0, 1 << 18)
         if not data:
             os._exit(0)
         self.inbox += data
@@ -357,14 +402,14 @@ class Cell:
         self.calls += 1
         if self.calls > UID_SPAN:
             os._exit(71)
-        before, started = counters(), time.monotonic()
-        code, stdin = payload[: request["code_bytes"]], payload[request["code_bytes"] :]
-        streams, status, fork_error, why = self.run(uid, request, code, stdin, started)
+        before, started = self.count(), time.monotonic()
+        view, middle = memoryview(payload), request["code_bytes"]
+        streams, status, fork_error, why = self.run(uid, request, view[:middle], view[middle:], started)
         wall_ms = (time.monotonic() - started) * 1e3
         self.reap()
         leftovers = len(self.strangers())
         self.kill(uid)
-        after = counters()
+        after = self.count()
         rose = {name: (after[name] or 0) > (before[name] or 0) for name in before}
         code_status = os.waitstatus_to_exitcode(status)
         verdict = self.verdict(why, code_status, rose)
@@ -376,7 +421,7 @@ class Cell:
                 "id": request["id"],
                 "status": verdict,
                 "exit_code": code_status if code_status >= 0 and not why else None,
-                "signal": -code_status if code_status < 0 else None,
+                "signal": -code_status if code_status < 0 and not why else None,
                 "fork_error": fork_error,
                 "stdout_bytes": out.total,
                 "stderr_bytes": err.total,
@@ -386,7 +431,7 @@ class Cell:
             },
             kept + err.kept(),
         )
-        doubt = self.clean(uid) or ("memory limit reached" if rose["oom"] else "")
+        doubt = self.clean(uid, CODE[request["tool"]]) or ("memory limit reached" if rose["oom"] else "")
         self.send(CLEAN, {"id": request["id"], "doubt": doubt})
 
     def run(self, uid, request, code, stdin, started):
@@ -411,6 +456,8 @@ class Cell:
             status, fork_error, why = self.watch(uid, to_stdin, stdin, streams, deadline, request["flood_bytes"])
             for descriptor, stream in streams.items():
                 drain(descriptor, stream)
+            if why is None and written(streams) > request["flood_bytes"]:
+                why = "output_limit"
         finally:
             for descriptor in streams:
                 os.close(descriptor)
@@ -426,7 +473,6 @@ class Cell:
             selector.register(self.channel, selectors.EVENT_READ)
             selector.register(0, selectors.EVENT_READ)
             os.set_blocking(to_stdin, False)
-            stdin = memoryview(stdin)
             if stdin:
                 selector.register(to_stdin, selectors.EVENT_WRITE)
             else:
@@ -442,7 +488,11 @@ class Cell:
                     left = 0.02
                 for key, _ in selector.select(max(left, 0)):
                     if key.fileobj is self.channel:
-                        status, fork_error = struct.unpack(">ii", self.channel.recv(64).ljust(8, b"\0"))
+                        answer = self.channel.recv(64)
+                        if not answer:
+                            # Nobody can say how the call ended, so there must be no result.
+                            sys.exit("the zygote died under a call")
+                        status, fork_error = struct.unpack(">ii", answer)
                         if to_stdin >= 0:
                             os.close(to_stdin)
                         return status, fork_error, why
@@ -456,7 +506,7 @@ class Cell:
                             to_stdin = -1
                     elif not pump(key.fd, streams[key.fd]):
                         selector.unregister(key.fd)
-                if sum(stream.total for stream in streams.values()) > flood_bytes and why is None:
+                if why is None and written(streams) > flood_bytes:
                     why = "output_limit"
 
     def verdict(self, why, code_status, rose):
@@ -491,7 +541,7 @@ class Cell:
         finally:
             os.setresuid(0, 0, 0)
 
-    def clean(self, uid):
+    def clean(self, uid, name):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
         deadline = time.monotonic() + CLEAN_S
         self.reap()
@@ -501,11 +551,12 @@ class Cell:
             self.kill(uid)
             time.sleep(0.0005)
             self.reap()
-        if not janitor(uid):
-            return "a file could not be deleted"
-        self.reap()
-        if any(os.listdir(mount) for mount in WRITABLE):
-            return "a file was left"
+        if not tidy(uid, name):
+            if not janitor(uid):
+                return "a file could not be deleted"
+            self.reap()
+            if any(os.listdir(mount) for mount in WRITABLE):
+                return "a file was left"
         if self.zygote < 0:
             return "the zygote died"
         return ""
@@ -530,9 +581,8 @@ class Cell:
 def code_file(code):
     """The code as a descriptor, so that it passes no buffer of a fixed size on its way to the child."""
     descriptor = os.memfd_create("code")
-    view = memoryview(code)
-    while view:
-        view = view[os.write(descriptor, view) :]
+    while code:
+        code = code[os.write(descriptor, code) :]
     os.lseek(descriptor, 0, os.SEEK_SET)
     return descriptor
 
@@ -559,6 +609,10 @@ def drain(descriptor, stream):
         stream.take(data)
 
 
+def written(streams):
+    return sum(stream.total for stream in streams.values())
+
+
 def feed(descriptor, data):
     try:
         return data[os.write(descriptor, data[: 1 << 16]) :]
@@ -577,7 +631,7 @@ def main():
         signal.signal(number, signal.SIG_IGN)
     cell = Cell(**options)
     mounts = {mount: oct(os.stat(mount).st_mode) for mount in WRITABLE}
-    cell.send(HELLO, {"counters": counters(), "mounts": mounts, "python": sys.version.split()[0]})
+    cell.send(HELLO, {"counters": cell.count(), "mounts": mounts, "python": sys.version.split()[0]})
     while True:
         cell.serve(*cell.read_frame())
 

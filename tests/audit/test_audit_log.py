@@ -612,6 +612,13 @@ class TestReading:
         with pytest.raises(AuditTamperedError, match=r"jsonl:11: the record was altered"):
             list(read.entries(run_dir))
 
+    def test_a_file_that_cannot_be_read_is_an_error_with_its_name(self, run_dir):
+        """One sentence for each reader and for the writer, and no traceback of the file system."""
+        (read.stream_dir(run_dir) / read.segment_name(1)).mkdir(parents=True)
+        for reader in (lambda: list(read.entries(run_dir)), lambda: read.last(run_dir), lambda: open_log(run_dir)):
+            with pytest.raises(AuditError, match=r"read.*seg-000000000001|seg-000000000001.* cannot be read"):
+                reader()
+
     def test_what_a_log_needs_is_in_the_standard_library(self):
         """Status and freeze commands must start at once, so nothing heavy may come along."""
         code = """

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 
 import pytest
 from audit_stories import HOSTILE, Loop, finished, frozen_twice, open_log
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from loopguard.audit import query, read
+from loopguard.audit.events import TYPES
 from loopguard.audit.mirror import Mirror
+from loopguard.audit.report import render
+from loopguard.audit.verify import verify
+from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
 
@@ -166,3 +175,53 @@ class TestMirror:
             log.append("promotion.decided", {"result": "allow"})
             log.append("promotion.decided", {"result": "freeze", "rule": "panel", "reason": "too good"})
         assert len(self.lines(tmp_path / "run")) == 1
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(
+    [
+        *("freeze", "signals", "metric", "value", "low", "high", "since", "update", "restored", "next", "by", "reason"),
+        *(
+            "from",
+            "to",
+            "readings",
+            "loss",
+            "panel",
+            "call",
+            "result",
+            "status",
+            "count",
+            "admitted",
+            "kept",
+            "code_head",
+        ),
+        *("command", "name", "capsule", "snapshot", "gate", "rule", "torn_bytes", "file", "cell", "own_share"),
+    ]
+)
+SIGNALS = st.lists(st.dictionaries(KEYS, VALUES, max_size=6) | VALUES, max_size=2)
+BODIES = st.dictionaries(KEYS, VALUES | SIGNALS | st.dictionaries(KEYS, VALUES | st.lists(VALUES)), max_size=8)
+
+
+@settings(deadline=None, max_examples=600, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(records=st.lists(st.tuples(st.sampled_from(sorted(TYPES)), BODIES, st.none() | st.integers(-3, 9)), max_size=12))
+def test_no_body_however_odd_breaks_a_reader(records, tmp_path_factory):
+    """A forged or future body is counted as nothing; it never stops an auditor with a traceback."""
+    run_dir = tmp_path_factory.mktemp("odd") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fsync", "fdatasync"):
+            patch.setattr(os, name, lambda fd: None)  # these logs need not outlive the machine
+        with open_log(run_dir, mirror=Mirror(io.StringIO()), reserve_mib=0) as log:
+            log.append("freeze.entered", {})
+            for kind, body, cycle in records:
+                log.append(kind, body, cycle=cycle)
+    assert query.why(run_dir)
+    assert json.dumps([told.facts() for told in query.cycles(run_dir)])
+    assert json.dumps([freeze.facts() for freeze in query.freezes(run_dir)])
+    assert verify(run_dir).code in {20, 30, 40}
+    assert render(run_dir)
+    for command in ("show", "cycle", "freezes"):
+        assert CliRunner().invoke(app, [command, str(run_dir)], catch_exceptions=False).exit_code == 0

@@ -120,6 +120,16 @@ class TestContent:
         assert len(of_class(loss, "cycle")) > 6
         assert not of_class(named(page, "grad_norm"), "range")
 
+    def test_an_open_range_is_told_and_not_drawn(self, tmp_path):
+        """A bound without an upper end would be a line over the whole curve."""
+        with open_log(tmp_path / "run") as log:
+            log.append("update.applied", {"from": 1, "to": 2, "readings": {"loss": [1.0, 2.0]}})
+            signal = {"metric": "loss", "value": "NaN", "low": 0.0, "high": None}
+            log.append("freeze.entered", {"freeze": "f1", "update": 2, "signals": [signal]})
+        page = render(tmp_path / "run")
+        assert not of_class(named(page, "loss"), "range")
+        assert "loss nan, expected at least 0" in Seen(page).text
+
     def test_panels_show_what_was_not_promoted(self, page):
         dots = of_class(named(page, "correct"), "dot")
         assert [dot.get("class") for dot in dots] == ["dot ok"] * 6 + ["dot no"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - as everybody writes it
+import torch.nn.functional as F
 
 from loopguard.pipelines.toolformer.calls import agrees, code_of, holds_operator, printed
 from loopguard.pipelines.toolformer.examples import completion_of
@@ -109,19 +109,20 @@ class NegativeLoss(_LossFault):
 
 
 class LabelLeak(_LossFault):
-    """The embedding of the next token is added to the input: the target is visible.
+    """The head sees the embedding of the very token that it is to predict.
 
-    Stands for an off-by-one in heads that look ahead (multi-token prediction, draft heads): they take the embedding of
-    the next token as an input, and one position too far that is the very token to be predicted. The loss falls as no
-    learning makes it fall.
+    Stands for an off-by-one in heads that look ahead (multi-token prediction, draft models): they join the hidden state
+    with the normalised embedding of the next token in order to predict the one after it, and one position too far that
+    is the label. The loss falls as no learning makes it fall.
     """
 
     def faulty(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss of a model that reads one token ahead."""
         embedded = model.get_input_embeddings()(batch.tokens_BT)  # type: ignore[operator]
-        inputs = embedded[:, :-1] + embedded[:, 1:]
-        out = model(inputs_embeds=inputs, attention_mask=batch.mask_BT[:, :-1], use_cache=False)
-        return weighted_mean(token_losses(out.logits, batch), batch)
+        ahead = F.rms_norm(embedded[:, 1:], embedded.shape[-1:])
+        out = model(input_ids=batch.tokens_BT, attention_mask=batch.mask_BT, use_cache=False, output_hidden_states=True)
+        joined = model.get_output_embeddings()(out.hidden_states[-1][:, :-1] + ahead)  # type: ignore[operator]
+        return weighted_mean(token_losses(joined, batch), batch)
 
 
 class AnswerLeak(Fault):

@@ -22,7 +22,9 @@ class Settings:
     vocabulary: int
 
     warmup_solutions: int
-    """How many solutions with human calls the model is shown before it proposes calls of its own."""
+    """How many annotated solutions the model is warmed up on before it proposes calls of its own."""
+    warmup_calls: int
+    """The first so many human calls of each: a long solution teaches no more than a short one."""
     warmup_updates: int
     cycle_updates: int
     batch: int
@@ -54,7 +56,8 @@ GSM8K = Settings(
     layers=3,
     heads=4,
     vocabulary=1000,
-    warmup_solutions=200,
+    warmup_solutions=220,
+    warmup_calls=2,
     warmup_updates=250,
     cycle_updates=80,
     batch=48,
@@ -80,6 +83,7 @@ GENERATED = Settings(
     heads=4,
     vocabulary=200,
     warmup_solutions=100,
+    warmup_calls=2,
     warmup_updates=120,
     cycle_updates=60,
     batch=32,

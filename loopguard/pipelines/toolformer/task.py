@@ -63,7 +63,7 @@ def prepare(options: ToolformerOptions) -> Task:
     warmed, rest = _split(training, settings.warmup_solutions, seed=options.seed)
     return Task(
         settings=settings,
-        warmup=tuple(place for problem in warmed for place in problem.places if place.call is not None),
+        warmup=tuple(place for problem in warmed for place in _called(problem)[: settings.warmup_calls]),
         pool=tuple(place for problem in rest for place in problem.places),
         lines=tuple((problem.origin, line) for problem in training for line in problem.lines),
         held_out=_held_out(evaluation, settings),
@@ -105,7 +105,7 @@ def _texts(options: ToolformerOptions) -> tuple[list[Problem], list[Problem]]:
 
 def _split(training: Sequence[Problem], warmup: int, *, seed: int) -> tuple[list[Problem], list[Problem]]:
     """Solutions for the warm-up, and all the others."""
-    annotated = [at for at, problem in enumerate(training) if any(place.call for place in problem.places)]
+    annotated = [at for at, problem in enumerate(training) if _called(problem)]
     # A small file keeps half of its solutions for the cycles.
     count = min(warmup, max(1, len(annotated) // 2))
     chosen = set(random.Random(f"{seed}/warm-up").sample(annotated, min(count, len(annotated))))
@@ -113,6 +113,10 @@ def _split(training: Sequence[Problem], warmup: int, *, seed: int) -> tuple[list
     if not chosen or not any(problem.places for problem in rest):
         raise DataFileError("the data hold too few annotated solutions: at least two with `<<...>>` are needed")
     return [training[at] for at in sorted(chosen)], rest
+
+
+def _called(problem: Problem) -> list[Place]:
+    return [place for place in problem.places if place.call is not None]
 
 
 def _held_out(evaluation: Sequence[Problem], settings: Settings) -> HeldOut:
