@@ -16,7 +16,7 @@ import click
 import typer
 
 from loopguard.cli import audit, doctor, freeze, policy, run, sandbox
-from loopguard.errors import InterruptedLoop, LoopGuardError
+from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,5 +64,6 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 
 def _say(error: LoopGuardError) -> int:
-    print(f"loopguard: {error}", file=sys.stderr)
+    # A policy's findings stand each on a line of its own, with the place in front, where editors look for it.
+    print(error if isinstance(error, PolicyError) else f"loopguard: {error}", file=sys.stderr)
     return error.exit_code
