@@ -418,7 +418,7 @@ class TestAcrossStarts:
 
     def test_waiting_for_a_resume_discards_the_cycle_and_starts_it_again(self, lab, monkeypatch):
         lab.policy.write_text(POLICY.replace("when_frozen: raise", "when_frozen: wait"))
-        import loopguard.controller
+        import loopguard.controller.guard
 
         naps = []
 
@@ -427,7 +427,7 @@ class TestAcrossStarts:
             if len(naps) == 3:
                 submit(lab.run_dir, "resume", by="dana", reason="shard 17 removed", freeze="f1")
 
-        monkeypatch.setattr(loopguard.controller.time, "sleep", nap)
+        monkeypatch.setattr(loopguard.controller.guard.time, "sleep", nap)
         with lab.open() as guard:
             lab.build(guard)
             numbers = []

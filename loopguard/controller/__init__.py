@@ -1,0 +1,20 @@
+"""The controller: one `LoopGuard` for a run, one `Cycle` for each pass of the loop.
+
+It owns the order of things and nothing else. Every step is: listen for a freeze, let a gate decide, record, act. The
+gates decide without acting; the learner (a file in `integrations/`) and the runtimes (in `sandbox/`) act without
+deciding.
+
+    guard      the run: its directory, its log, its freeze, its boundary snapshot
+    cycle      one pass: tools, admission, updates, promotion
+    tools      a tool as the loop sees it
+    cells      the runtimes of a guard policy
+    learner    what is asked of a framework's model, and who holds which
+    directory  what stands in a run directory, and what an interrupted run left open
+"""
+
+from loopguard.controller.cycle import Admitted, Cycle
+from loopguard.controller.guard import LoopGuard
+from loopguard.controller.learner import INTEGRATIONS, Learner, LoopState
+from loopguard.controller.tools import Tool
+
+__all__ = ["INTEGRATIONS", "Admitted", "Cycle", "Learner", "LoopGuard", "LoopState", "Tool"]

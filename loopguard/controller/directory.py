@@ -1,0 +1,108 @@
+"""A run directory: whose it is, what stands in it, and what an interrupted run left open."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from loopguard import __version__
+from loopguard.errors import PolicyMismatchError, UsageError
+from loopguard.policy.diff import compare
+from loopguard.policy.load import LoadedPolicy, load
+from loopguard.snapshots import replace_durably
+from loopguard.state import run_facts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from pathlib import Path
+
+    from loopguard.audit.events import Entry
+
+
+class Trail:
+    """What the log says was begun and not ended."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.snapshots: set[str] = set()
+        self.undecided: dict[str, Any] | None = None
+        self.lease: tuple[int, int] | None = None
+        self.open_cycle: int | None = None
+        for entry in entries:
+            self._take(entry)
+
+    def _take(self, entry: Entry) -> None:
+        body = entry.body
+        match entry.type:
+            case "cycle.started":
+                self.open_cycle = entry.cycle
+            case "cycle.finished":
+                self.open_cycle = self.lease = None
+            case "run.finished" | "run.interrupted":
+                self.lease = None  # whatever was applied is recorded
+            case "update.leased":
+                self.lease = (body["from"], body["to"])
+            case "update.applied" | "update.settled":
+                last = body["to"]
+                self.lease = (last + 1, self.lease[1]) if self.lease and last < self.lease[1] else None
+            case "promotion.decided" if body["snapshot"]:
+                self.snapshots.add(body["snapshot"])
+                self.undecided = dict(body)
+            case "promotion.applied" | "promotion.settled" | "freeze.entered":
+                self.undecided = None
+            case _:
+                return
+
+
+def check(
+    run_dir: Path, loaded: LoadedPolicy, *, adopt_policy: str | None, by: str | None, reason: str | None
+) -> dict[str, Any] | None:
+    """Whether this directory may be used under this policy; the body of `policy.adopted` where it changes hands."""
+    if not (run_dir / "run.json").exists():
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UsageError(f"{run_dir} holds something else than a run: name a new directory with --run-dir")
+        return None
+    old = str(run_facts(run_dir)["policy"])
+    if old == loaded.digest:
+        return None
+    if adopt_policy is None or adopt_policy != loaded.digest:
+        raise PolicyMismatchError(
+            [
+                (
+                    f"{run_dir} belongs to guard policy {old[:12]}, and {loaded.path} is {loaded.digest[:12]}. "
+                    f"To change the policy of this run, add --adopt-policy {loaded.digest}"
+                )
+            ]
+        )
+    change = compare(load(run_dir / "policy" / f"{old}.yaml").policy, loaded.policy)
+    if change == "loosened" and not (by and reason):
+        raise PolicyMismatchError(
+            [f"{loaded.path} is not provably tighter than the policy of {run_dir}: say --by NAME --reason TEXT"]
+        )
+    return {"from": old, "to": loaded.digest, "change": change, "by": by, "reason": reason}
+
+
+def lay_out(run_dir: Path, loaded: LoadedPolicy, *, run_id: str, seed: int, command: Sequence[str]) -> None:
+    """Write what is not there yet of `run.json` and the policy; nothing that is there changes."""
+    (run_dir / "policy").mkdir(parents=True, exist_ok=True)
+    kept = run_dir / "policy" / f"{loaded.digest}.yaml"
+    if not kept.exists():
+        replace_durably(kept, loaded.text.encode())
+    if not (run_dir / "run.json").exists():
+        body = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": list(command), "versions": versions()}
+        replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def set_policy(run_dir: Path, digest: str) -> None:
+    """From now on the directory belongs to this policy."""
+    body = run_facts(run_dir) | {"policy": digest}
+    replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def versions() -> dict[str, str]:
+    """Of what is loaded and matters to a result."""
+    versions = {"loopguard": __version__, "python": sys.version.split()[0]}
+    for name in ("torch", "transformers", "numpy"):
+        if (module := sys.modules.get(name)) is not None:
+            versions[name] = str(module.__version__)
+    return versions

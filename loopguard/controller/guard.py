@@ -1,0 +1,442 @@
+"""The guard of one run: opens its directory, holds its model, freezes, rolls back, settles what was left open."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import uuid
+from collections import defaultdict
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from loopguard.audit import read
+from loopguard.audit.log import AuditLog
+from loopguard.controller import directory as directories
+from loopguard.controller.cells import Cells, docker
+from loopguard.controller.cycle import Cycle
+from loopguard.controller.learner import Learner, LoopState, integration_for
+from loopguard.errors import AuditWriteError, LoopFrozen, UsageError
+from loopguard.gates.data import DataGate
+from loopguard.gates.promotion import PromotionGate
+from loopguard.gates.tools import ToolGate
+from loopguard.gates.updates import UpdateGate
+from loopguard.policy.load import LoadedPolicy, load
+from loopguard.snapshots import SnapshotStore, replace_durably
+from loopguard.state import CONTROLLER, FreezeState, run_facts, signal_facts
+from loopguard.types import Decision
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from types import TracebackType
+
+    from loopguard.audit.events import Entry
+    from loopguard.sandbox.base import CellSpec, EventSink, Runtime
+
+_POLL_S = 0.5
+
+
+class LoopGuard:
+    """The guard of one run: its policy, its log, its sandboxes and its freeze.
+
+    A guard lives from `from_file` to `close` and is the only writer of its run directory meanwhile. Use it as a context
+    manager, so that an interrupted run leaves a finished record.
+
+        with LoopGuard.from_file("policies/default.yaml", run_dir="runs/mine") as guard:
+            guard.attach(model=model, optimizer=optimizer, actor=actor)
+            for cycle in guard.cycles(20):
+                ...
+    """
+
+    def __init__(
+        self,
+        policy: LoadedPolicy,
+        run_dir: Path,
+        *,
+        run_id: str,
+        log: AuditLog,
+        cells: Cells,
+    ) -> None:
+        self.policy = policy.policy
+        self.policy_digest = policy.digest
+        self.run_dir = run_dir
+        self.run_id = run_id
+        self.found: list[str] = []
+        """What a start found of an earlier one and what it did about it; one sentence each."""
+        self._log = log
+        self._cells = cells
+        self._pid = os.getpid()
+        self._tools = ToolGate(self.policy)
+        self._data = DataGate(self.policy.data)
+        self._updates_gate = UpdateGate(self.policy.updates, self.policy.freeze)
+        self._promotions = PromotionGate(self.policy.promotion)
+        self._snapshots = SnapshotStore(run_dir / "snapshots")
+        self._state = FreezeState(run_dir, log)
+        self._learner: Learner | None = None
+        self._loop: LoopState | None = None
+        self._promoted = self._snapshots.promoted()
+        self._boundary: str | None = None
+        self._updates = self._promoted.update if self._promoted else 0
+        self._lease_to = 0
+        self._pending: list[tuple[int, dict[str, float]]] = []
+        self._closed = False
+
+    @classmethod
+    def from_file(
+        cls,
+        policy: str | os.PathLike[str],
+        *,
+        run_dir: str | os.PathLike[str],
+        seed: int = 0,
+        command: Sequence[str] = (),
+        adopt_policy: str | None = None,
+        by: str | None = None,
+        reason: str | None = None,
+        runtimes: Callable[[CellSpec, str, EventSink], Runtime] | None = None,
+        mirror: Callable[[Entry], None] | None = None,
+    ) -> Self:
+        """Open a run directory under a guard policy, or go on with the one that is there.
+
+        `adopt_policy` names the digest of another policy than the run was started with; a loosened one also needs `by`
+        and `reason`. `runtimes` makes the sandboxes (Docker by default), `mirror` gets each audit record as it is
+        written.
+
+        Raises PolicyError, PolicyMismatchError, UsageError (a directory with other things in it),
+        SandboxUnavailableError, RunBusyError, AuditTamperedError, AuditWriteError. None of them leaves a half-written
+        run directory behind.
+        """
+        loaded = load(Path(policy))
+        directory = Path(run_dir)
+        adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
+        goes_on = (directory / "run.json").exists()
+        run_id = run_facts(directory)["id"] if goes_on else f"run-{uuid.uuid4().hex[:12]}"
+        cells = Cells(loaded.policy, run_id, runtimes or docker)
+        if not (directory / "latch").exists():
+            cells.start()
+        try:
+            directories.lay_out(directory, loaded, run_id=run_id, seed=seed, command=command)
+            log = AuditLog.open(
+                directory,
+                stream=CONTROLLER,
+                run_id=run_id,
+                policy=loaded.digest,
+                reserve_mib=loaded.policy.audit.reserve_mib,
+                mirror=mirror,
+            )
+        except BaseException:
+            cells.close()
+            raise
+        try:
+            cells.report_to(log)
+            if adopted:
+                log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
+                directories.set_policy(directory, loaded.digest)
+            log.append("policy.loaded", {"name": loaded.policy.name, "digest": loaded.digest})
+            log.append(
+                "run.started",
+                {"command": list(command), "seed": seed, "versions": directories.versions(), "goes_on": goes_on},
+            )
+            guard = cls(loaded, directory, run_id=run_id, log=log, cells=cells)
+            guard._settle()
+        except BaseException:
+            cells.close()
+            log.close()
+            raise
+        return guard
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._closed:
+            # The reason to be here is a person in a hurry; a log that fails now must not hide the interrupt.
+            with suppress(AuditWriteError):
+                self._flush()
+                self._log.append("run.interrupted", {})
+        self.close(finished=kind is None)
+
+    def close(self, *, finished: bool = True) -> None:
+        """Finish the record and take the sandboxes down. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._cells.close()
+            if self._log.degraded:
+                self._state.freeze_unwritable("the audit log could not be written")
+            else:
+                self._flush()
+                if finished and not self._state.frozen:
+                    self._log.append("run.finished", {"cycles": self._promoted.cycle if self._promoted else 0})
+                self._state.remember(cycle=None)
+        finally:
+            self._log.close()
+
+    # What a loop calls
+
+    def attach(
+        self,
+        *,
+        model: Any,
+        optimizer: Any,
+        scheduler: Any = None,
+        actor: Any = None,
+        loop: LoopState | None = None,
+    ) -> None:
+        """Put a model in training under this guard.
+
+        `optimizer` and `scheduler` may be one or a list. `actor` is the module that generates data; leave it out, or
+        say "same", where that is the model itself. `loop` is the loop's own state, which travels with every snapshot.
+
+        Where the run directory holds promoted weights, all of these are restored to them, RNG included; so call this
+        after everything is built and seeded. Raises UsageError for what cannot be guarded, SnapshotError where the
+        promoted snapshot is missing or damaged.
+        """
+        self._check_owner()
+        if self._learner is not None:
+            raise UsageError("this guard already holds a model: make one guard for each run")
+        self._learner = integration_for(model).learner(
+            model=model, optimizer=optimizer, scheduler=scheduler, actor=actor
+        )
+        self._loop = loop
+        if self._promoted is None:
+            self._boundary = self._snapshots.write(self._whole_state())
+        else:
+            self._boundary = self._promoted.snapshot
+            self._restore(actor_too=True, because="the run goes on from the last promoted state")
+        self._snapshots.prune(keep={self._boundary})
+
+    def protect(self, texts: Iterable[str]) -> int:
+        """Name evaluation texts that no training record may overlap with; gives how many are protected by now."""
+        return self._data.protect(texts)
+
+    def cycles(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
+        """The cycles of this run, up to number `count`, after the last promoted one.
+
+        With `warmup`, cycle 0 comes first where nothing has been promoted yet: in it, monitors that need history only
+        learn. Raises LoopFrozen where the run is frozen (or waits, or exits, as the guard policy says).
+        """
+        number = self._promoted.cycle + 1 if self._promoted else (0 if warmup else 1)
+        while number <= count:
+            self._listen()
+            if self._state.frozen:
+                self._stop()
+                continue
+            self._cells.start()
+            cycle = Cycle(self, number)
+            self._log.append("cycle.started", {}, cycle=number)
+            yield cycle
+            if not cycle.discarded:
+                self._end(cycle)
+                number += 1
+
+    @property
+    def frozen(self) -> bool:
+        """Whether weights may not change right now."""
+        return self._state.frozen
+
+    @property
+    def promoted_cycle(self) -> int | None:
+        """The last promoted cycle, or None."""
+        return self._promoted.cycle if self._promoted else None
+
+    def state_digest(self) -> str:
+        """SHA-256 over the weights in training and the whole optimizer state."""
+        return self._held().digest()
+
+    @property
+    def actor_digest(self) -> str:
+        """SHA-256 over the weights that generate now."""
+        return self._held().actor_digest()
+
+    # What the cycles use
+
+    def _held(self) -> Learner:
+        if self._learner is None:
+            raise UsageError("no model is attached: call guard.attach(model=..., optimizer=...) first")
+        return self._learner
+
+    def _check_owner(self) -> None:
+        if os.getpid() != self._pid:
+            raise UsageError("this process was forked from the one that owns the guard; call the guard from its owner")
+
+    def _listen(self) -> None:
+        """Take in a latch or a request from outside; every gate begins with this."""
+        self._check_owner()
+        for request in self._state.requests():
+            if request.kind == "resume" and self._state.lifts(request):
+                self._resume(by=request.by, reason=request.reason)
+            elif request.kind == "freeze" and not self._state.freeze_id:
+                why = f"{request.by} asked for it: {request.reason}"
+                self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
+        if self._state.frozen and not self._state.freeze_id:
+            decision = Decision(result="freeze", gate="operator", rule="latch", reason="the latch was set from outside")
+            self._freeze(decision, cycle=None)
+
+    def _freeze(
+        self,
+        decision: Decision,
+        *,
+        cycle: int | None,
+        update: int | None = None,
+        readings: Mapping[str, float] | None = None,
+        roll_back: bool = False,
+    ) -> str:
+        """Latch, keep the evidence, undo what was suspect, record. The latch comes first, whatever fails after it."""
+        freeze = self._state.latch(decision.reason)
+        if self.policy.freeze.running_calls == "kill":
+            self._cells.kill_running()
+        self._flush()
+        capsule, trouble = self._capsule(freeze, decision, update=update, readings=readings)
+        restored = None
+        if roll_back and self._learner is not None and self._boundary is not None:
+            restored = self._boundary
+            self._restore(actor_too=False, because=f"freeze {freeze}")
+        self._state.freeze(
+            decision,
+            cycle=cycle,
+            facts={"update": update, "restored": restored, "capsule": capsule, "capsule_trouble": trouble},
+        )
+        return freeze
+
+    def _stop(self) -> None:
+        """What the guard policy says a frozen loop does. Returns only where it waited and somebody resumed."""
+        match self.policy.freeze.when_frozen:
+            case "exit":
+                # Under torchrun a non-zero exit is a failure to be restarted, and a restart does not thaw anything.
+                sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else LoopFrozen.exit_code)
+            case "wait":
+                while self._state.frozen:
+                    time.sleep(_POLL_S)
+                    self._listen()
+            case _:
+                raise LoopFrozen(self._state.freeze_id, self._state.reason)
+
+    def _resume(self, *, by: str, reason: str) -> None:
+        self._state.resume(by=by, reason=reason)
+        if self._learner is not None and self._boundary is not None:
+            self._restore(actor_too=True, because="resumed: the frozen cycle is rolled back")
+
+    def _capsule(
+        self,
+        freeze: str,
+        decision: Decision,
+        *,
+        update: int | None,
+        readings: Mapping[str, float] | None,
+    ) -> tuple[str | None, str | None]:
+        """Keep the suspect state and what was decided. A full disk costs the capsule, not the freeze."""
+        folder = self.run_dir / "freezes" / freeze
+        try:
+            state = self._snapshots.write(self._whole_state(), into=folder) if self._learner is not None else None
+            body = {
+                "freeze": freeze,
+                "decision": {
+                    "gate": decision.gate,
+                    "rule": decision.rule,
+                    "reason": decision.reason,
+                    "signals": [signal_facts(signal) for signal in decision.signals],
+                    "facts": decision.facts,
+                },
+                "update": update,
+                "readings": dict(readings or {}),
+                "state": state,
+                "state_digest": self._learner.digest() if self._learner is not None else None,
+                "boundary": self._boundary,
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_durably(folder / "freeze.json", json.dumps(body, indent=1, sort_keys=True, default=str).encode())
+        except OSError as error:
+            return None, f"the capsule could not be written: {error}"
+        return str(folder.relative_to(self.run_dir)), None
+
+    def _whole_state(self) -> dict[str, Any]:
+        return {
+            "learner": self._held().state(),
+            "updates": self._updates,
+            "update_gate": self._updates_gate.state_dict(),
+            "data_gate": self._data.state_dict(),
+            "loop": self._loop.state_dict() if self._loop is not None else None,
+        }
+
+    def _restore(self, *, actor_too: bool, because: str) -> None:
+        assert self._boundary is not None
+        state = self._snapshots.read(self._boundary)
+        if self._loop is not None:
+            self._loop.load_state_dict(state["loop"])
+        self._updates = self._lease_to = state["updates"]
+        self._updates_gate.load_state_dict(state["update_gate"])
+        self._data.load_state_dict(state["data_gate"])
+        self._held().restore(state["learner"], actor_too=actor_too)
+        self._log.append("snapshot.restored", {"snapshot": self._boundary, "because": because})
+
+    def _lease(self, update: int, *, cycle: int) -> None:
+        """One durable record permits the next few updates, instead of one for each."""
+        if update > self._lease_to:
+            self._flush()
+            self._lease_to = update + self.policy.updates.lease - 1
+            self._log.append("update.leased", {"from": update, "to": self._lease_to}, cycle=cycle)
+
+    def _flush(self) -> None:
+        """Record the updates that were applied since the last time; they are durable with the next control record."""
+        if not self._pending:
+            return
+        readings: dict[str, list[float]] = defaultdict(list)
+        for _, values in self._pending:
+            for metric, value in values.items():
+                readings[metric].append(value)
+        body = {"from": self._pending[0][0], "to": self._pending[-1][0], "readings": dict(readings)}
+        self._pending.clear()
+        self._log.append("update.applied", body, sync=False)
+
+    def _end(self, cycle: Cycle) -> None:
+        """The loop's body is through. Weights that act must have been promoted."""
+        if cycle.promoted:
+            return
+        self._flush()
+        if self._learner is not None and self._learner.same_actor and self._boundary is not None:
+            self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
+        self._lease_to = self._updates
+        self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)
+
+    # What a start finds
+
+    def _settle(self) -> None:
+        """Bring an interrupted run to rest: finish what was decided, undo what nobody can vouch for."""
+        trail = directories.Trail(read.entries(self.run_dir, CONTROLLER))
+        known = {None, *trail.snapshots}
+        pointer = self._promoted.snapshot if self._promoted else None
+        if pointer not in known:
+            reason = f"snapshots/promoted.json names {pointer}, which no promotion in the log names"
+            self._state.freeze(
+                Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
+            )
+            return
+        if trail.undecided is not None:
+            applied = pointer == trail.undecided["snapshot"]
+            self._log.append("promotion.settled", {"snapshot": trail.undecided["snapshot"], "applied": applied})
+            self.found.append(
+                f"the promotion of cycle {trail.open_cycle} was {'finished' if applied else 'cut short and is undone'}"
+            )
+        if trail.open_cycle is not None:
+            # Update numbers start again from the boundary; the epoch tells the old ones from the new.
+            self._log.epoch += 1
+        if trail.lease is not None:
+            first, last = trail.lease
+            self._log.append("update.settled", {"from": first, "to": last, "restored": pointer})
+            self.found.append(
+                f"updates {first} to {last} were permitted and not recorded; "
+                f"the run goes back to {self._where()} and runs them again"
+            )
+        if trail.open_cycle is not None:
+            done = self._promoted is not None and self._promoted.cycle == trail.open_cycle
+            self._log.append("cycle.finished", {"result": "promoted" if done else "abandoned"}, cycle=trail.open_cycle)
+            if not done:
+                self.found.append(f"cycle {trail.open_cycle} was not finished; it starts again from {self._where()}")
+
+    def _where(self) -> str:
+        return "its beginning" if self._promoted is None else f"the promoted state of cycle {self._promoted.cycle}"
