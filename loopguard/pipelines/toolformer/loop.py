@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -85,7 +84,7 @@ class Toolformer:
     """The loop of one run. Lives from the start of a process to its end; what has to live longer is in `memory`."""
 
     def __init__(self, guard: LoopGuard, options: ToolformerOptions, task: Task, progress: Progress) -> None:
-        torch.set_num_threads(options.threads or os.cpu_count() or 1)
+        torch.set_num_threads(options.threads)
         torch.manual_seed(_seed(options.seed, "model"))
         self._guard, self._options, self._task, self._progress = guard, options, task, progress
         progress.phase("getting ready")
@@ -100,9 +99,15 @@ class Toolformer:
         optimizer = torch.optim.AdamW(
             self._model.parameters(), lr=task.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
         )
-        ramp = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1 / _RAMP_UPDATES, total_iters=_RAMP_UPDATES)
-        guard.attach(model=self._model, optimizer=optimizer, scheduler=ramp, actor=self._actor, loop=self.memory)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
+        guard.attach(model=self._model, optimizer=optimizer, scheduler=schedule, actor=self._actor, loop=self.memory)
         guard.protect(task.protected)
+
+    def _rate(self, updates: int) -> float:
+        """The learning rate after so many updates, as a share of the highest one."""
+        lowest, total = self._task.settings.cycle_rate, self._task.settings.warmup_updates
+        descent = lowest + (1 - lowest) * 2 * (1 - updates / total)
+        return max(lowest, min(1.0, (updates + 1) / _RAMP_UPDATES, descent))
 
     def turn(self, cycle: Cycle) -> None:
         """One cycle."""

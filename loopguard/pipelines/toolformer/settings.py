@@ -33,6 +33,9 @@ class Settings:
     text_weight: float
     """Weight of the text around calls. Below 1, since the loop is about calls and the model is small."""
     learning_rate: float
+    """The highest one, which the warm-up begins with."""
+    cycle_rate: float
+    """The learning rate of the cycles, as a share of that; the second half of the warm-up comes down to it."""
 
     places: int
     """Places read in each cycle."""
@@ -64,6 +67,7 @@ GSM8K = Settings(
     plain_share=0.25,
     text_weight=0.3,
     learning_rate=2e-3,
+    cycle_rate=0.5,
     places=1000,
     samples=2,
     temperature=0.8,
@@ -90,6 +94,7 @@ GENERATED = Settings(
     plain_share=0.25,
     text_weight=0.3,
     learning_rate=4e-3,
+    cycle_rate=0.4,
     places=300,
     samples=2,
     temperature=0.8,
@@ -123,7 +128,7 @@ class ToolformerOptions:
     """A folder with a pretrained causal language model; None trains a small one from nothing."""
     control: bool = False
     """Do everything, but train on no record that the loop kept."""
-    threads: int | None = None
-    """Torch threads; None takes every core."""
+    threads: int = 1
+    """Torch threads. Models as small as these gain little from more, and with one a run comes out the same anywhere."""
     preset: Literal["gsm8k", "generated"] | None = None
     """None takes the one that fits: `gsm8k` with a data file, else `generated`."""
