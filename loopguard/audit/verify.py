@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +52,7 @@ STATUS = {
 }
 
 _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
+_TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin")
 _MOST_FINDINGS = 50
 _MOST_LOOKS = 3
 """How often a repeated number is looked up in the files; each time reads the whole log."""
@@ -467,9 +469,9 @@ class _Audit:
             return
         count = entry.body.get("torn_bytes")
         self.find(WARN, f"{place}: record {entry.seq}: a cut last line of {count} bytes was set aside")
-        name = str(entry.body.get("file", ""))
-        file = read.stream_dir(self.run_dir, self.stream) / Path(name).name
-        if not name or not file.is_file():
+        name = str(entry.body.get("file"))
+        file = read.stream_dir(self.run_dir, self.stream) / name
+        if not _TORN.fullmatch(name) or not file.is_file():
             self.note(f"{place}: the bytes that were set aside are not kept here")
         elif _digest(file) != entry.body.get("digest"):
             self.find(TAMPER, f"{file}: is not what record {entry.seq} says was set aside")

@@ -8,7 +8,7 @@ import os
 
 import pytest
 from audit_stories import HOSTILE, Loop, finished, frozen_twice, open_log
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
@@ -206,7 +206,13 @@ SIGNALS = st.lists(st.dictionaries(KEYS, VALUES, max_size=6) | VALUES, max_size=
 BODIES = st.dictionaries(KEYS, VALUES | SIGNALS | st.dictionaries(KEYS, VALUES | st.lists(VALUES)), max_size=8)
 
 
-@settings(deadline=None, max_examples=600, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    phases=[Phase.generate],  # shrinking such large cases takes longer than reading the first one
+)
 @given(records=st.lists(st.tuples(st.sampled_from(sorted(TYPES)), BODIES, st.none() | st.integers(-3, 9)), max_size=12))
 def test_no_body_however_odd_breaks_a_reader(records, tmp_path_factory):
     """A forged or future body is counted as nothing; it never stops an auditor with a traceback."""
