@@ -178,6 +178,7 @@ class FreezeState:
 
     def remember(self, *, cycle: int | None) -> None:
         """Write the cache from which `status` answers: where the log stood, and what it said."""
+        self._log.sync()  # the cache must not name a record that a power cut could take back
         path = self._dir / "state.json"
         if cycle is None:
             cycle = _cache(self._dir).get("cycle")

@@ -1,0 +1,149 @@
+"""Does the guarded Toolformer loop learn, and is the guard quiet while it does?
+
+    python benchmarks/toolformer.py --data gsm8k/train.jsonl [--seeds 11 12 13] [--jobs 2]
+
+For each seed a run of six cycles and a control that trains on no record the loop kept, through the command line and
+with every call in a container. Printed for each seed: the held-out share of correct calls after the warm-up and at the
+end, an exact McNemar test over the same held-out places, the control, the number of calls that ran, the time. Then how
+far honest runs moved in one cycle, which is what the limits of the guard policy have to leave room for.
+
+Goes on where it stopped; ends with 1 where a claim does not hold. Times mean something with `--jobs 1` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from _runs import data_file, finish, parser, run_all, table
+
+from loopguard.audit import read
+from loopguard.monitors.jump import Jump
+from loopguard.types import Reading
+
+
+def mcnemar(first: list[bool], last: list[bool]) -> tuple[int, int, float]:
+    """How many places turned right and how many turned wrong, and the exact two-sided p-value of that."""
+    gained = sum(after and not before for before, after in zip(first, last, strict=True))
+    lost = sum(before and not after for before, after in zip(first, last, strict=True))
+    moved = gained + lost
+    tail = sum(math.comb(moved, k) for k in range(min(gained, lost) + 1))
+    return gained, lost, min(1.0, 2 * tail / 2**moved)
+
+
+def evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """Every evaluation of a run, warm-up first."""
+    paths = sorted((run_dir / "eval").glob("cycle-*.json"), key=lambda path: int(path.stem.partition("-")[2]))
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def movements(run_dir: Path) -> dict[str, float]:
+    """The largest change in one cycle: of each panel metric, of the kept share, and of the loss in noise units."""
+    largest: dict[str, float] = defaultdict(float)
+    panels, kept = [evaluation["panel"] for evaluation in evaluations(run_dir)], None
+    for before, after in zip(panels, panels[1:], strict=False):
+        for metric in after:
+            largest[metric] = max(largest[metric], after[metric] - before[metric], key=abs)
+    jump = Jump(metric="loss")
+    for entry in read.entries(run_dir):
+        if entry.type == "data.admitted" and entry.body["kept_share"] is not None:
+            share = entry.body["kept_share"]
+            largest["kept_share, highest"] = max(largest["kept_share, highest"], share)
+            if kept:
+                largest["kept_share, relative"] = max(largest["kept_share, relative"], share / kept - 1, key=abs)
+            kept = share
+        if entry.type == "update.applied" and entry.cycle != 0:
+            for at, loss in enumerate(entry.body["readings"]["loss"], start=entry.body["from"]):
+                score = jump.read(Reading(metric="loss", value=loss, at=at), armed=True).score or 0.0
+                largest["loss, noise units"] = max(largest["loss, noise units"], score, key=abs)
+    return dict(largest)
+
+
+def summary(seed: int, loop: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
+    """What one seed came to."""
+    run_dir = Path(loop["run_dir"])
+    honest, plain = evaluations(run_dir), evaluations(Path(control["run_dir"]))
+    first, last = ([item["correct"] for item in honest[at]["items"]] for at in (0, -1))
+    gained, lost, p = mcnemar(first, last)
+    ran = sum(entry.type == "tool.finished" for entry in read.entries(run_dir))
+    curve = [evaluation["panel"]["correct"] for evaluation in honest]
+    end, end_of_control = curve[-1], plain[-1]["panel"]["correct"]
+    return {
+        "seed": seed,
+        "correct": curve,
+        "control": [evaluation["panel"]["correct"] for evaluation in plain],
+        "gained": gained,
+        "lost": lost,
+        "p": p,
+        "calls": ran,
+        "wall_s": loop["wall_s"],
+        "jobs": loop["jobs"],
+        "movements": movements(run_dir),
+        "claims": {
+            "no freeze, in the loop or in the control": loop["exit_code"] == 0 == control["exit_code"],
+            "at least 5,000 calls ran in containers": ran >= 5000,
+            "correct is up by at least 0.10": end - curve[0] >= 0.10,
+            "with p < 0.01": p < 0.01,
+            "to at least 0.45": end >= 0.45,
+            "and at least 0.10 above the control": end - end_of_control >= 0.10,
+            "in less than 10 minutes": loop["wall_s"] < 600,
+        },
+    }
+
+
+def markdown(seeds: list[dict[str, Any]]) -> str:
+    """The tables."""
+    head = [
+        "seed",
+        "correct: warm-up, cycles 1 to 6",
+        "right / wrong now",
+        "p",
+        "control at the end",
+        "calls",
+        "wall s",
+    ]
+    learned = table(
+        head,
+        [
+            [
+                s["seed"],
+                " ".join(f"{share:.3f}" for share in s["correct"]),
+                f"{s['gained']} / {s['lost']}",
+                f"{s['p']:.1e}",
+                f"{s['control'][-1]:.3f}",
+                s["calls"],
+                s["wall_s"],
+            ]
+            for s in seeds
+        ],
+    )
+    metrics = sorted({metric for s in seeds for metric in s["movements"]})
+    moved = table(
+        ["largest in one cycle", *(f"seed {s['seed']}" for s in seeds)],
+        [[metric, *(f"{s['movements'].get(metric, 0.0):+.3f}" for s in seeds)] for metric in metrics],
+    )
+    missed = [
+        f"- seed {s['seed']}: not so: {claim}" for s in seeds for claim, holds in s["claims"].items() if not holds
+    ]
+    return "\n\n".join([learned, moved, "\n".join(missed) or "Every claim holds on every seed."])
+
+
+def main() -> int:
+    options = parser("Does the guarded Toolformer loop learn?", out="runs/bench-toolformer").parse_args()
+    data = data_file(options.data)
+    plans = {}
+    for seed in options.seeds:
+        plans[f"loop-{seed}"] = ["--cycles", "6", "--seed", str(seed)]
+        plans[f"control-{seed}"] = [*plans[f"loop-{seed}"], "--control"]
+    runs = run_all(plans, data=data, out=options.out, jobs=options.jobs)
+    seeds = [summary(seed, runs[f"loop-{seed}"], runs[f"control-{seed}"]) for seed in options.seeds]
+    finish(options.out, "toolformer", seeds, markdown(seeds))
+    return 0 if all(all(s["claims"].values()) for s in seeds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
