@@ -9,31 +9,42 @@
 # Exit codes: 0 ready, 2 usage, 5 it cannot be had here (the last line says what to do).
 set -euo pipefail
 
+# Where dockerd and debootstrap live, also for a shell that does not look there.
+PATH=$PATH:/usr/local/sbin:/usr/sbin:/sbin
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 IMAGE=loopguard/python:1
 DEBIAN_BASE=loopguard/debian-base:1
-SUITE=bookworm
 REGISTRY_BASE=python:3.12-slim-bookworm
 ENGINE_LOG=/var/log/loopguard-dockerd.log
-LOCK=${TMPDIR:-/tmp}/loopguard-setup.lock
+LOCK=${TMPDIR:-/tmp}/loopguard-setup-$(id -u).lock
+ROOM_KIB=1500000 # what an image that is being put together takes on disk
 
 say() { echo "loopguard: $*" >&2; }
 give_up() { say "$*"; exit 5; }
-docker_() { timeout "${DOCKER_S:-30}" docker "$@"; }
+has() { command -v "$1" >/dev/null 2>&1; }
+
+docker_() { # an engine that hangs must not hang us; macOS has no `timeout`
+    if has timeout; then timeout "${DOCKER_S:-30}" docker "$@"; else docker "$@"; fi
+}
 
 engine_answers() { docker_ version --format '{{.Server.Version}}' >/dev/null 2>&1; }
 
-recipe() { cat "$HERE/setup.sh" "$HERE"/python/* | sha256sum | cut -c1-16; }
+sha256() { if has sha256sum; then sha256sum; else shasum -a 256; fi; }
+
+recipe() { cat "$HERE/setup.sh" "$HERE"/python/{Dockerfile,harden.sh,supervisor.py} | sha256 | cut -c1-16; }
 
 image_is_current() {
     [ "$(docker_ image inspect --format '{{index .Config.Labels "loopguard.recipe"}}' "$IMAGE" 2>/dev/null)" = "$(recipe)" ]
 }
 
-can_install() { [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; }
+can_install() { [ "$(id -u)" = 0 ] && has apt-get; }
 
-install_packages() {
+update_lists() {
     # Lists may be old or absent on a fresh machine; an update that fails for one source still leaves the others.
     apt-get update -qq >/dev/null 2>&1 || true
+}
+
+install_packages() {
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null 2>&1 \
         || give_up "apt-get could not install $*: install them yourself and run this again"
 }
@@ -48,7 +59,7 @@ wait_for_engine() {
 }
 
 start_engine() {
-    if command -v systemctl >/dev/null && [ -d /run/systemd/system ]; then
+    if has systemctl && [ -d /run/systemd/system ]; then
         systemctl start docker >/dev/null 2>&1 && wait_for_engine && return 0
     fi
     # No service manager: start the engine by itself. The second try is for kernels whose firewall it cannot manage.
@@ -63,21 +74,25 @@ start_engine() {
 ensure_engine() {
     engine_answers && return 0
     if ! can_install; then
-        command -v docker >/dev/null \
+        has docker \
             && give_up "no Docker engine answers: start Docker (or set DOCKER_HOST, or join the docker group) and run this again"
         give_up "there is no Docker: install it (https://docs.docker.com/engine/install) and run this again"
     fi
-    if ! command -v dockerd >/dev/null; then
-        say "no Docker engine here; installing Debian's docker.io (about a minute)"
-        install_packages docker.io iptables ca-certificates
+    if ! has dockerd || ! has docker; then
+        say "no Docker engine here; installing the distribution's docker.io (about a minute)"
+        update_lists
+        # Since Debian 13 the docker command is a package of its own.
+        packages=(docker.io iptables ca-certificates)
+        ! apt-cache show docker-cli >/dev/null 2>&1 || packages+=(docker-cli)
+        install_packages "${packages[@]}"
     fi
     say "starting the Docker engine (log: $ENGINE_LOG)"
     start_engine || give_up "the Docker engine did not start: see $ENGINE_LOG"
 }
 
-build() { # BASE NETWORK
-    DOCKER_S=900 docker_ build --quiet --network "$2" --build-arg BASE="$1" \
-        --label loopguard.recipe="$(recipe)" --tag "$IMAGE" "$HERE/python" >/dev/null
+build() { # BASE NETWORK; silent, also where the engine has only its old builder and says so at every build
+    said=$(DOCKER_S=900 docker_ build --quiet --network "$2" --build-arg BASE="$1" \
+        --label loopguard.recipe="$(recipe)" --tag "$IMAGE" "$HERE/python" 2>&1) || { tail -n 5 <<<"$said" >&2; return 1; }
 }
 
 registry_answers() {
@@ -85,14 +100,40 @@ registry_answers() {
     DOCKER_S=20 docker_ manifest inspect "$REGISTRY_BASE" >/dev/null 2>&1
 }
 
+workshop() { # a new folder where there is room, and where programs and devices work (a /tmp may be small, or noexec)
+    for place in "${TMPDIR:-/tmp}" /var/tmp /var/lib /root; do
+        [ "$(df -Pk "$place" 2>/dev/null | awk 'NR == 2 {print $4}')" -gt "$ROOM_KIB" ] 2>/dev/null || continue
+        folder=$(mktemp -d "$place/loopguard-image.XXXXXX" 2>/dev/null) || continue
+        if cp /bin/true "$folder/try" && "$folder/try" && mknod "$folder/null" c 1 3 && true >"$folder/null"; then
+            rm -f "$folder/try" "$folder/null"
+            echo "$folder"
+            return 0
+        fi 2>/dev/null
+        rm -rf "$folder"
+    done
+    return 1
+}
+
 base_from_debian() {
     can_install || give_up "no registry answers, and putting the image together from Debian packages needs root"
-    command -v debootstrap >/dev/null || install_packages debootstrap
-    say "no registry answers; putting the sandbox image together from Debian packages (about a minute)"
-    root=$(mktemp -d)
+    update_lists
+    has debootstrap || install_packages debootstrap
+    suite=bookworm origin=Debian components=main
+    # shellcheck disable=SC1091  # every Debian and Ubuntu has it
+    case "$(. /etc/os-release && echo "$ID")" in
+        ubuntu) suite=$(. /etc/os-release && echo "$VERSION_CODENAME") origin=Ubuntu components=main,universe ;;
+    esac
+    # The mirror and the proxy that apt uses here; where apt knows none for this suite, debootstrap's own.
+    mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' "Origin: $origin" "Codename: $suite" \
+        2>/dev/null | sort -u | head -n 1) || mirror=
+    proxy=$(apt-config shell proxy Acquire::http::Proxy | sed "s/^proxy='\(.*\)'$/\1/") || proxy=
+    [ -z "$proxy" ] || [ "$proxy" = DIRECT ] || export http_proxy="${http_proxy:-$proxy}"
+    root=$(workshop) || give_up "no folder with $((ROOM_KIB / 1000)) MB to build in: point TMPDIR to one"
     trap 'rm -rf "$root"' EXIT
-    debootstrap --variant=minbase --include=python3,python3-numpy,procps "$SUITE" "$root/fs" >"$root/log" 2>&1 \
-        || { tail -n 3 "$root/log" >&2; give_up "debootstrap failed: are Debian packages within reach?"; }
+    say "no registry answers; putting the sandbox image together from $origin packages (about a minute)"
+    debootstrap --variant=minbase --components="$components" --include=python3,python3-numpy,procps \
+        "$suite" "$root/fs" ${mirror:+"$mirror"} >"$root/log" 2>&1 \
+        || { tail -n 3 "$root/log" >&2; give_up "debootstrap failed: are $origin packages within reach?"; }
     rm -rf "$root"/fs/var/lib/apt/lists/* "$root"/fs/var/cache/apt/*
     tar -C "$root/fs" -c . | DOCKER_S=300 docker_ import - "$DEBIAN_BASE" >/dev/null
     rm -rf "$root"
@@ -119,7 +160,7 @@ case "${1:-}" in
 esac
 
 # Two set-ups at once would build the same image twice.
-exec 9>"$LOCK"
-flock 9
+exec 9>>"$LOCK"
+! has flock || flock 9
 ensure_engine 9>&-
 [ "${1:-}" = --engine-only ] || ensure_image 9>&-

@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 MUST_BE_EMPTY = (
     "Binds",
@@ -31,17 +31,34 @@ def differences(asked: Mapping[str, Any], applied: Mapping[str, Any]) -> list[st
     out counts as not applied.
     """
     found = [
-        f"{name} is {applied.get(name)!r}, asked for {value!r}"
+        f"{name} is {_short(applied.get(name))}, asked for {_short(value)}"
         for name, value in asked.items()
         if _plain(applied.get(name)) != _plain(value)
     ]
-    found += [f"{name} is {applied[name]!r}, a cell has none" for name in MUST_BE_EMPTY if applied.get(name)]
+    found += [f"{name} is {_short(applied[name])}, a cell has none" for name in MUST_BE_EMPTY if applied.get(name)]
     found += [
         f"{name} is {applied[name]!r}, asked for {value!r}"
         for name, value in MUST_BE.items()
         if name in applied and applied[name] != value
     ]
+    # An empty list here means that nothing of /proc is masked; absent and null mean the engine's own list.
+    found += [f"{name} is empty" for name in ("MaskedPaths", "ReadonlyPaths") if applied.get(name) == []]
     return found
+
+
+def mounts(found: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    """Mounts of a container that are not in memory: an image may bring volumes that nobody asked for."""
+    return [
+        f"{mount.get('Destination')} is a {mount.get('Type')} of the host, a cell has none"
+        for mount in found or ()
+        if mount.get("Type") != "tmpfs"
+    ]
+
+
+def _short(value: Any) -> str:
+    """A value on its way into a message; the seccomp profile is five kilobytes long."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]}... ({len(text)} characters)"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ machine, and what a result talks its reader into. `docs/threat-model.md` has the
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import os
 import secrets
@@ -17,13 +18,14 @@ import threading
 import time
 import weakref
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import docker
 import docker.errors
 import requests
 
-from loopguard.errors import SandboxUnavailableError
+from loopguard.errors import LoopGuardError, SandboxError, SandboxUnavailableError
 from loopguard.sandbox import attest, owner, wire
 from loopguard.sandbox.base import shipped
 from loopguard.sandbox.pool import Pool
@@ -43,15 +45,19 @@ _START_S = 30
 _GRACE_S = 10
 _SETTLE_S = 15
 _WAIT_S = 60
-_IDLE_S = 900
+_IDLE_S = 3600
+_USE_S = 12 * 3600
 _LIFETIME_S = 24 * 3600
 _FIRST_UID, _LAST_UID = 10_000, 65_000
 _INODES = 8192
+_MOST_INPUT_MIB = 16
 _TOOLS = ("python", "sh")
 _RUNSC_PROCESSES = 48
 
 _live: weakref.WeakSet[DockerCell] = weakref.WeakSet()
-_runtimes: weakref.WeakSet[DockerRuntime] = weakref.WeakSet()
+_runtimes: set[DockerRuntime] = set()
+_no_fork = threading.Lock()
+"""Held while a stream is attached: a fork in that moment would hand the stream to a child that does not know of it."""
 
 
 class DockerCell:
@@ -61,32 +67,40 @@ class DockerCell:
     end of it.
     """
 
-    def __init__(self, spec: CellSpec, *, run_id: str, on_event: EventSink) -> None:
+    def __init__(self, spec: CellSpec, *, run_id: str, on_event: EventSink, image: str = "") -> None:
         self.calls = 0
         self.name = f"lg-{run_id}-{secrets.token_hex(4)}"
         self.facts: dict[str, Any] = {}
         self._spec = spec
+        self._image = image or spec.image
         self._on_event = on_event
+        self._born = time.monotonic()
         self._end = threading.Lock()
-        self._killed = False
+        self._killed = ""
+        self._announced = False
         self._gone = False
         self._engine = _connect()
         try:
             self._id: str = self._create(run_id)
-            # Attach before start, and exactly once: the engine closes the cell's standard input with this connection.
-            self._raw = self._engine.attach_socket(self._id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
-            self._socket = self._raw._sock
-            self._channel = wire.Channel(self._socket)
-            _live.add(self)
+            self._attach()
             self._engine.start(self._id)
             self._greet()
-        except (docker.errors.DockerException, requests.RequestException, wire.LostError, TimeoutError) as error:
+            on_event("sandbox.created", {"cell": self.name, "image": spec.image, **self.facts})
+            self._announced = True
+        except (docker.errors.DockerException, requests.RequestException, SandboxError, TimeoutError) as error:
             self.destroy("stillborn")
-            raise SandboxUnavailableError(f"a cell could not be started: {_said(error)}") from error
+            if isinstance(error, SandboxUnavailableError):
+                raise
+            late = f"it did not answer within {_START_S} s"
+            said = late if isinstance(error, TimeoutError) else _said(error)
+            raise SandboxUnavailableError(f"a cell could not be started: {said}") from error
         except BaseException:
             self.destroy("stillborn")
             raise
-        on_event("sandbox.created", {"cell": self.name, "image": spec.image, **self.facts})
+
+    def alive(self) -> bool:
+        """Whether it still waits for a call, and is young enough to be nobody's orphan when that call ends."""
+        return self._channel.quiet() and time.monotonic() - self._born < _USE_S
 
     def call(self, call: ToolCall) -> Outcome:
         """Run a call. Raises SandboxUnavailableError where the cell was lost or killed under it."""
@@ -110,12 +124,14 @@ class DockerCell:
             return _outcome(call, frame)
         except wire.LostError as lost:
             if self._killed:
-                raise SandboxUnavailableError("the call was killed by a freeze") from lost
+                raise SandboxUnavailableError(self._killed) from lost
             if self._out_of_memory():
                 return Outcome(call_id=call.id, status="oom", wall_ms=(time.monotonic() - started) * 1e3)
             raise SandboxUnavailableError(f"cell {self.name} died under a call: {lost}") from lost
         except TimeoutError as late:
             raise SandboxUnavailableError(f"cell {self.name} did not answer within its deadline") from late
+        except (wire.ProtocolError, KeyError, TypeError) as error:
+            raise SandboxUnavailableError(f"cell {self.name} said what no supervisor says: {error!r}") from error
 
     def settle(self) -> str:
         """Wait for the second frame of a call, which says whether the cell is clean."""
@@ -123,18 +139,21 @@ class DockerCell:
             return "used once"
         try:
             frame = self._channel.receive(wire.CLEAN, timeout_s=_SETTLE_S)
-        except (wire.LostError, wire.ProtocolError, TimeoutError) as error:
+        except TimeoutError:
+            return f"not clean: no word within {_SETTLE_S} s"
+        except SandboxError as error:
             return f"not clean: {_said(error)}"
         doubt = frame.header.get("doubt")
         return "" if doubt == "" else f"not clean: {doubt}"
 
-    def kill(self) -> None:
-        """End the call that runs in it, now."""
-        self._killed = True
-        with suppress(docker.errors.DockerException, requests.RequestException):
+    def kill(self, why: str) -> None:
+        """End the call that runs in it, now; the call raises SandboxUnavailableError(why)."""
+        self._killed = why
+        # The stream first: without it PID 1 leaves by itself, also where the engine does not answer.
+        wire.shut(self._socket)
+        with suppress(docker.errors.DockerException, requests.RequestException, SandboxUnavailableError):
             # A client of its own: the other thread may be in the middle of a request.
             _connect().kill(self._id)
-        wire.shut(self._socket)
 
     def destroy(self, reason: str) -> None:
         """Take the container down. Once; later calls do nothing."""
@@ -146,17 +165,30 @@ class DockerCell:
         if hasattr(self, "_socket"):
             wire.shut(self._socket)
             self._raw.close()
-        if hasattr(self, "_id"):
-            with suppress(docker.errors.DockerException, requests.RequestException):
-                # What is not removed here ends by itself and is swept up at the next start.
-                self._engine.remove_container(self._id, force=True, v=True)
-            self._on_event("sandbox.removed", {"cell": self.name, "reason": reason, "calls": self.calls})
+            self._socket.close()
+        with suppress(docker.errors.DockerException, requests.RequestException):
+            # By its name where a creation was cut short: it may have come into being nevertheless. What is not removed
+            # here ends by itself and is swept up at the next start.
+            self._engine.remove_container(getattr(self, "_id", self.name), force=True, v=True)
         self._engine.close()
+        if self._announced:
+            # A log that cannot be written freezes the loop by itself; the container has to go in any case.
+            with suppress(LoopGuardError):
+                self._on_event("sandbox.removed", {"cell": self.name, "reason": reason, "calls": self.calls})
 
     def drop(self) -> None:
         """In a forked child: let go of the stream without a word, so that the parent's end is the only one."""
-        with suppress(OSError):
-            os.close(self._socket.fileno())
+        with suppress(OSError, AttributeError):
+            os.close(self._socket.detach())
+
+    def _attach(self) -> None:
+        # Before start, and exactly once: the engine closes the cell's standard input with this connection.
+        with _no_fork:
+            self._raw = self._engine.attach_socket(self._id, params={"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+            # Over TLS and SSH the client hands out the connection itself, else a file around it.
+            self._socket = getattr(self._raw, "_sock", self._raw)
+            self._channel = wire.Channel(self._socket)
+            _live.add(self)
 
     def _create(self, run_id: str) -> str:
         spec = self._spec
@@ -170,7 +202,8 @@ class DockerCell:
         }
         created = self._engine.create_container_from_config(
             {
-                "Image": spec.image,
+                "Image": self._image,
+                "Hostname": "cell",
                 "Cmd": ["python3", "-I", _SUPERVISOR, json.dumps(options)],
                 "Entrypoint": [],
                 "User": "0:0",
@@ -196,7 +229,7 @@ class DockerCell:
         hello = self._channel.receive(wire.HELLO, timeout_s=_START_S)
         found = self._engine.inspect_container(self._id)
         asked = host_config(self._spec)
-        differs = attest.differences(asked, found["HostConfig"])
+        differs = attest.differences(asked, found["HostConfig"]) + attest.mounts(found.get("Mounts"))
         if not found["Config"].get("StdinOnce"):
             differs.append("StdinOnce is off: the cell would outlive its owner")
         differs += [f"{mount} has mode {mode}" for mount, mode in hello.header["mounts"].items() if mode != "0o41777"]
@@ -213,8 +246,14 @@ class DockerCell:
         }
 
     def _out_of_memory(self) -> bool:
-        with suppress(docker.errors.DockerException, requests.RequestException):
-            return bool(_connect().inspect_container(self._id)["State"].get("OOMKilled"))
+        """Whether the kernel killed it for its memory. The engine learns of that a moment after the stream ended."""
+        with suppress(docker.errors.DockerException, requests.RequestException, SandboxUnavailableError):
+            engine = _connect()
+            for _ in range(40):
+                state = engine.inspect_container(self._id)["State"]
+                if state.get("OOMKilled") or not state.get("Running"):
+                    return bool(state.get("OOMKilled"))
+                time.sleep(0.05)
         return False
 
 
@@ -235,16 +274,18 @@ class DockerRuntime:
         self._facts: dict[str, Any] = {}
         self._make_cell = make_cell or self._new_cell
         self._pool: Pool | None = None
-        _runtimes.add(self)
+        self._image = ""
+        self._pid = os.getpid()
 
     def start(self) -> None:
         """Check engine, image and runtime, sweep up what dead loops left, warm the cells."""
         from loopguard.sandbox.reaper import reap
 
+        if self._pool is not None:
+            return
         engine = _connect()
         try:
-            info = engine.info()
-            self._check(engine, info)
+            self._check(engine, engine.info())
         except (docker.errors.DockerException, requests.RequestException) as error:
             raise SandboxUnavailableError(f"the Docker engine does not answer as it should: {_said(error)}") from error
         finally:
@@ -254,6 +295,7 @@ class DockerRuntime:
         spec = self._spec
         wait_s = _WAIT_S + spec.limits.wall_s
         self._pool = Pool(self._make_cell, size=spec.cells, calls_per_cell=spec.calls_per_cell, wait_s=wait_s)
+        _runtimes.add(self)
         try:
             self._pool.start()
         except BaseException:
@@ -262,28 +304,37 @@ class DockerRuntime:
 
     def run(self, call: ToolCall) -> Outcome:
         """Run one call in a clean cell."""
+        if os.getpid() != self._pid:
+            raise SandboxUnavailableError("this is a forked process: a sandbox belongs to the process that started it")
         if self._pool is None:
             raise SandboxUnavailableError("the sandbox is not running")
         if call.tool not in _TOOLS:
             raise SandboxUnavailableError(f"no cell can run the tool {call.tool!r}; there are {', '.join(_TOOLS)}")
+        if (size := len(call.code) + len(call.stdin)) > _MOST_INPUT_MIB << 20:
+            # PID 1 holds it for a moment, within the memory of the cell.
+            raise SandboxUnavailableError(
+                f"a call takes {_MOST_INPUT_MIB} MiB of code and input at most, not {size / 2**20:.1f}"
+            )
         return self._pool.run(call)
 
     def kill_running(self) -> int:
         """End every call that runs now."""
-        return self._pool.kill_running() if self._pool is not None else 0
+        return self._pool.kill_running() if self._pool is not None and os.getpid() == self._pid else 0
 
     def close(self) -> None:
         """Remove every container of this runtime."""
-        if self._pool is not None:
+        if self._pool is not None and os.getpid() == self._pid:
             self._pool.close()
             self._pool = None
+        _runtimes.discard(self)
 
     def facts(self) -> dict[str, Any]:
         """The engine and what it applied to the cell that was made last."""
         return dict(self._facts)
 
     def _new_cell(self) -> DockerCell:
-        cell = DockerCell(self._spec, run_id=self._run_id, on_event=self._on_event)
+        # The image that was looked at, not whatever its tag means by now.
+        cell = DockerCell(self._spec, run_id=self._run_id, on_event=self._on_event, image=self._image)
         self._facts |= cell.facts
         return cell
 
@@ -295,7 +346,7 @@ class DockerRuntime:
                 f"register it with the engine, or choose another in sandbox.profiles"
             )
         try:
-            engine.inspect_image(self._spec.image)
+            self._image = engine.inspect_image(self._spec.image)["Id"]
         except docker.errors.ImageNotFound:
             raise SandboxUnavailableError(
                 f"the image {self._spec.image} is not here: run `loopguard sandbox build`"
@@ -328,6 +379,7 @@ def host_config(spec: CellSpec) -> dict[str, Any]:
             "/dev/mqueue": "ro,size=4k",
         },
         "IpcMode": "private",
+        "CgroupnsMode": "private",
         "Memory": memory,
         "MemorySwap": memory,
         # A process of gVisor's own counts here too, and reaching this limit would crash it; RLIMIT_NPROC holds there.
@@ -361,29 +413,46 @@ def containers() -> list[dict[str, Any]]:
 
 def remove(container_id: str) -> bool:
     """Remove a container by force; whether that worked."""
-    engine = _connect()
-    try:
-        engine.remove_container(container_id, force=True, v=True)
-    except (docker.errors.DockerException, requests.RequestException):
-        return False
-    else:
-        return True
-    finally:
-        engine.close()
+    with suppress(docker.errors.DockerException, requests.RequestException):
+        engine = _connect()
+        try:
+            engine.remove_container(container_id, force=True, v=True)
+            return True
+        finally:
+            engine.close()
+    return False
 
 
 def _connect() -> Any:
     """A client of its own for each use: the client's connections are not made to be shared between threads."""
+    where = "unix:///var/run/docker.sock"
     try:
-        client = docker.APIClient(**docker.utils.kwargs_from_env(), version="auto", timeout=_ENGINE_S)
-    except docker.errors.DockerException as error:
-        where = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
+        options = _engine_address()
+        where = options.get("base_url", where)
+        if where.startswith("unix:///"):
+            # The client would leave a socket open behind it where there is nothing to connect to.
+            Path(where.removeprefix("unix://")).stat()
+        return docker.APIClient(**options, version="auto", timeout=_ENGINE_S)
+    except (docker.errors.DockerException, requests.RequestException, OSError, ValueError) as error:
         raise SandboxUnavailableError(
-            f"no Docker engine answers at {where}: start Docker, or run `loopguard sandbox build`"
+            f"no Docker engine answers at {where} ({_said(error)}): start Docker, or run `loopguard sandbox build`"
         ) from error
-    return client
 
 
+def _engine_address() -> dict[str, Any]:
+    """Where the docker command would look: DOCKER_HOST, else the context that is in use."""
+    options: dict[str, Any] = docker.utils.kwargs_from_env()
+    if "base_url" in options:
+        return options
+    context = docker.context.ContextAPI.get_context(os.environ.get("DOCKER_CONTEXT"))
+    if context is None:
+        raise docker.errors.DockerException("the context in use does not exist; see `docker context ls`")
+    if context.name == "default":
+        return options
+    return {"base_url": context.Host, "tls": context.TLSConfig or False}
+
+
+@functools.cache
 def _seccomp() -> str:
     """The profile's contents on one line; the engine wants no path."""
     return json.dumps(json.loads(shipped("seccomp.json").read_text(encoding="utf-8")), separators=(",", ":"))
@@ -411,11 +480,26 @@ def _outcome(call: ToolCall, frame: wire.Frame) -> Outcome:
 
 
 def _said(error: BaseException) -> str:
-    """The useful part of what an engine or a cell said."""
-    return str(getattr(error, "explanation", None) or error) or type(error).__name__
+    """The useful part of what an engine or a cell said, on one line."""
+    told = getattr(error, "explanation", None)
+    if not told and isinstance(error, (requests.RequestException, docker.errors.DockerException, OSError)):
+        told = _root(error)
+    text = " ".join(str(told or error or type(error).__name__).split())
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _root(error: BaseException) -> str:
+    """What the operating system said, out of the nest of exceptions that the HTTP client wraps around it."""
+    below: BaseException | None = error
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            return below.strerror
+        below = below.__cause__ or below.__context__
+    return ""
 
 
 def _in_child() -> None:
+    _no_fork.release()
     for cell in list(_live):
         cell.drop()
 
@@ -425,5 +509,5 @@ def _at_exit() -> None:
         runtime.close()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=_no_fork.acquire, after_in_parent=_no_fork.release, after_in_child=_in_child)
 atexit.register(_at_exit)

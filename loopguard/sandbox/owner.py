@@ -8,6 +8,9 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
+_UNKNOWN = "alive"
+"""For a process that is there but whose start time cannot be seen."""
+
 
 def me() -> str:
     """The process that asks: machine, boot, pid namespace, pid, start time."""
@@ -18,9 +21,9 @@ def is_dead(owner: str) -> bool:
     """Whether that owner is surely gone. Of another machine or pid namespace nobody here can say so."""
     place, _, rest = owner.partition(":")
     pid, _, started = rest.partition(":")
-    if place != _place() or not pid.isdigit():
+    if place != _place() or not (pid.isascii() and pid.isdigit()) or not started:
         return False
-    return _started(int(pid)) != started
+    return _started(int(pid)) not in {started, _UNKNOWN}
 
 
 def _place() -> str:
@@ -38,9 +41,11 @@ def _started(pid: int) -> str:
         # The name in the second field may hold blanks and brackets; the start time is the 22nd field.
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
-        pass
+        pass  # no /proc here, or one that hides the processes of others
     try:
         os.kill(pid, 0)
-    except OSError:
+    except (ProcessLookupError, OverflowError):
         return ""
-    return "alive"
+    except OSError:
+        pass  # it is there, and not ours
+    return _UNKNOWN

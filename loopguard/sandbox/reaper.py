@@ -20,7 +20,9 @@ def reap() -> list[str]:
     for container in containers():
         labels = container.get("Labels") or {}
         if is_orphan(labels.get(OWNER, ""), labels.get(DEADLINE, ""), now_s=time.time()) and remove(container["Id"]):
-            removed.append(str(container["Names"][0]).lstrip("/"))
+            # An engine that is taking a container down already has no name for it.
+            names = container.get("Names") or [container["Id"][:12]]
+            removed.append(str(names[0]).lstrip("/"))
     return removed
 
 

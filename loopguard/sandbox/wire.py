@@ -8,6 +8,7 @@ is destroyed: a stream that cannot be understood cannot be trusted again.
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import time
@@ -48,6 +49,7 @@ class Connection(Protocol):
     def settimeout(self, timeout: float | None, /) -> None: ...  # noqa: D102 - as in `socket`
     def recv(self, size: int, /) -> bytes: ...  # noqa: D102
     def sendall(self, data: bytes, /) -> None: ...  # noqa: D102
+    def fileno(self) -> int: ...  # noqa: D102
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._in = bytearray()
         self._out = bytearray()
         self._err = bytearray()
         self._deadline = 0.0
@@ -103,34 +106,44 @@ class Channel:
         del self._out[:end]
         return Frame(found, header, payload)
 
+    def quiet(self) -> bool:
+        """Whether nothing is to be read: neither bytes that nobody asked for, nor the end of the stream."""
+        descriptor = self._connection.fileno()
+        if self._in or self._out or descriptor < 0:
+            return False
+        look = select.poll()
+        look.register(descriptor, select.POLLIN)
+        return not look.poll(0)
+
     def _fill(self, length: int) -> None:
         while len(self._out) < length:
-            stream, size = _PACKET.unpack(self._read(_PACKET.size))
-            if stream not in {_STDOUT, _STDERR}:
-                raise ProtocolError(f"the engine sent a packet of stream {stream}")
-            data = self._read(size)
+            self._need(_PACKET.size)
+            stream, size = _PACKET.unpack_from(self._in)
+            if stream not in {_STDOUT, _STDERR} or size > MAX_PAYLOAD:
+                raise ProtocolError(f"the engine sent a packet of stream {stream} and {size} bytes")
+            self._need(_PACKET.size + size)
+            data = self._in[_PACKET.size : _PACKET.size + size]
+            del self._in[: _PACKET.size + size]
             if stream == _STDOUT:
                 self._out += data
             else:
                 self._err = (self._err + data)[-_KEPT_STDERR:]
 
-    def _read(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
+    def _need(self, size: int) -> None:
+        while len(self._in) < size:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
             self._connection.settimeout(left)
             try:
-                part = self._connection.recv(min(size - len(data), 1 << 18))
+                part = self._connection.recv(1 << 18)
             except TimeoutError:
                 raise
             except OSError as error:
                 raise LostError(str(error)) from error
             if not part:
                 raise LostError(self._err.decode("utf-8", errors="replace").strip())
-            data += part
-        return bytes(data)
+            self._in += part
 
 
 def shut(connection: socket.socket) -> None:

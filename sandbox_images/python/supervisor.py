@@ -7,9 +7,9 @@ Standard library only; it is baked into the image and never shares a process wit
         one child per call, under a user id that was never used before in this cell
       janitor (a fork of PID 1 that becomes that user id and deletes what it wrote)
 
-Frames on standard input and output: magic "LG", type, header length, payload length, JSON header, payload. The result of
-a call is sent before the cell is cleaned, and a second frame says whether it came out clean. When standard input ends,
-the controller is gone, and the cell ends with it.
+Frames on standard input and output: magic "LG", type, header length, payload length, JSON header, payload. The result
+of a call is sent before the cell is cleaned, and a second frame says whether it came out clean. When standard input
+ends, the controller is gone, and the cell ends with it.
 """
 
 import array
@@ -17,6 +17,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import os
 import resource
@@ -65,7 +66,7 @@ def become(uid):
     os.setresuid(uid, uid, uid)
 
 
-# --- what the kernel counted -------------------------------------------------------------------------------------------
+# --- what the kernel counted ----------------------------------------------------------------------
 
 COUNTERS = {  # name: places, version 2 of control groups first, then version 1, as (file, key)
     "oom": (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")),
@@ -102,7 +103,7 @@ def disk_is_full():
     return False
 
 
-# --- the zygote and the process of a call ------------------------------------------------------------------------------
+# --- the zygote and the process of a call ---------------------------------------------------------
 
 
 def zygote(channel, preload):
@@ -237,12 +238,13 @@ def run_python(code, tools):
 
 def standard_streams():
     """New objects for standard input and output: the ones that are there were made for other descriptors."""
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", 1, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stderr = sys.__stderr__ = open(2, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
+    stream = functools.partial(open, encoding="utf-8", closefd=False)
+    sys.stdin = sys.__stdin__ = stream(0, errors="surrogateescape")
+    sys.stdout = sys.__stdout__ = stream(1, "w", 1, errors="surrogateescape")
+    sys.stderr = sys.__stderr__ = stream(2, "w", 1, errors="backslashreplace")
 
 
-# --- the janitor -------------------------------------------------------------------------------------------------------
+# --- the janitor ----------------------------------------------------------------------------------
 
 
 def tidy(uid, name):
@@ -311,7 +313,7 @@ def janitor(uid):
     return os.waitpid(pid, 0)[1] == 0
 
 
-# --- PID 1 -------------------------------------------------------------------------------------------------------------
+# --- PID 1 ----------------------------------------------------------------------------------------
 
 
 class Stream:
@@ -407,7 +409,8 @@ class Cell:
         streams, status, fork_error, why = self.run(uid, request, view[:middle], view[middle:], started)
         wall_ms = (time.monotonic() - started) * 1e3
         self.reap()
-        leftovers = len(self.strangers())
+        # A call that was ended from here left nothing by itself.
+        leftovers = 0 if why else len(self.strangers())
         self.kill(uid)
         after = self.count()
         rose = {name: (after[name] or 0) > (before[name] or 0) for name in before}
