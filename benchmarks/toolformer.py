@@ -12,27 +12,21 @@ Goes on where it stopped; ends with 1 where a claim does not hold. Times mean so
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from _runs import data_file, finish, parser, run_all, table
+sys.path.insert(0, str(Path(__file__).parent))
+
+import runs
 
 from loopguard.audit import read
 from loopguard.monitors.jump import Jump
 from loopguard.types import Reading
-
-
-def mcnemar(first: list[bool], last: list[bool]) -> tuple[int, int, float]:
-    """How many places turned right and how many turned wrong, and the exact two-sided p-value of that."""
-    gained = sum(after and not before for before, after in zip(first, last, strict=True))
-    lost = sum(before and not after for before, after in zip(first, last, strict=True))
-    moved = gained + lost
-    tail = sum(math.comb(moved, k) for k in range(min(gained, lost) + 1))
-    return gained, lost, min(1.0, 2 * tail / 2**moved)
 
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
@@ -45,7 +39,7 @@ def movements(run_dir: Path) -> dict[str, float]:
     """The largest change in one cycle: of each panel metric, of the kept share, and of the loss in noise units."""
     largest: dict[str, float] = defaultdict(float)
     panels, kept = [evaluation["panel"] for evaluation in evaluations(run_dir)], None
-    for before, after in zip(panels, panels[1:], strict=False):
+    for before, after in itertools.pairwise(panels):
         for metric in after:
             largest[metric] = max(largest[metric], after[metric] - before[metric], key=abs)
     jump = Jump(metric="loss")
@@ -63,34 +57,34 @@ def movements(run_dir: Path) -> dict[str, float]:
     return dict(largest)
 
 
-def summary(seed: int, loop: dict[str, Any], control: dict[str, Any]) -> dict[str, Any]:
+def summary(
+    seed: int, run_dir: Path, control_dir: Path, loop: dict[str, Any], control: dict[str, Any]
+) -> dict[str, Any]:
     """What one seed came to."""
-    run_dir = Path(loop["run_dir"])
-    honest, plain = evaluations(run_dir), evaluations(Path(control["run_dir"]))
+    honest, plain = evaluations(run_dir), evaluations(control_dir)
     first, last = ([item["correct"] for item in honest[at]["items"]] for at in (0, -1))
-    gained, lost, p = mcnemar(first, last)
-    ran = sum(entry.type == "tool.finished" for entry in read.entries(run_dir))
+    p = runs.mcnemar(first, last)
+    ran = runs.calls(run_dir)
     curve = [evaluation["panel"]["correct"] for evaluation in honest]
     end, end_of_control = curve[-1], plain[-1]["panel"]["correct"]
     return {
         "seed": seed,
         "correct": curve,
         "control": [evaluation["panel"]["correct"] for evaluation in plain],
-        "gained": gained,
-        "lost": lost,
+        "gained": sum(after and not before for before, after in zip(first, last, strict=True)),
+        "lost": sum(before and not after for before, after in zip(first, last, strict=True)),
         "p": p,
         "calls": ran,
-        "wall_s": loop["wall_s"],
-        "jobs": loop["jobs"],
+        "wall_s": loop["seconds"],
         "movements": movements(run_dir),
         "claims": {
-            "no freeze, in the loop or in the control": loop["exit_code"] == 0 == control["exit_code"],
+            "no freeze, in the loop or in the control": loop["code"] == 0 == control["code"],
             "at least 5,000 calls ran in containers": ran >= 5000,
             "correct is up by at least 0.10": end - curve[0] >= 0.10,
             "with p < 0.01": p < 0.01,
             "to at least 0.45": end >= 0.45,
             "and at least 0.10 above the control": end - end_of_control >= 0.10,
-            "in less than 10 minutes": loop["wall_s"] < 600,
+            "in less than 10 minutes": loop["seconds"] < 600,
         },
     }
 
@@ -106,42 +100,53 @@ def markdown(seeds: list[dict[str, Any]]) -> str:
         "calls",
         "wall s",
     ]
-    learned = table(
+    learned = runs.table(
         head,
         [
             [
-                s["seed"],
+                str(s["seed"]),
                 " ".join(f"{share:.3f}" for share in s["correct"]),
                 f"{s['gained']} / {s['lost']}",
                 f"{s['p']:.1e}",
                 f"{s['control'][-1]:.3f}",
-                s["calls"],
-                s["wall_s"],
+                str(s["calls"]),
+                f"{s['wall_s']:.0f}",
             ]
             for s in seeds
         ],
     )
     metrics = sorted({metric for s in seeds for metric in s["movements"]})
-    moved = table(
+    moved = runs.table(
         ["largest in one cycle", *(f"seed {s['seed']}" for s in seeds)],
         [[metric, *(f"{s['movements'].get(metric, 0.0):+.3f}" for s in seeds)] for metric in metrics],
     )
     missed = [
         f"- seed {s['seed']}: not so: {claim}" for s in seeds for claim, holds in s["claims"].items() if not holds
     ]
-    return "\n\n".join([learned, moved, "\n".join(missed) or "Every claim holds on every seed."])
+    return "\n\n".join([learned, moved, runs.machine(), "\n".join(missed) or "Every claim holds on every seed."])
 
 
 def main() -> int:
-    options = parser("Does the guarded Toolformer loop learn?", out="runs/bench-toolformer").parse_args()
-    data = data_file(options.data)
-    plans = {}
-    for seed in options.seeds:
-        plans[f"loop-{seed}"] = ["--cycles", "6", "--seed", str(seed)]
-        plans[f"control-{seed}"] = [*plans[f"loop-{seed}"], "--control"]
-    runs = run_all(plans, data=data, out=options.out, jobs=options.jobs)
-    seeds = [summary(seed, runs[f"loop-{seed}"], runs[f"control-{seed}"]) for seed in options.seeds]
-    finish(options.out, "toolformer", seeds, markdown(seeds))
+    parser = argparse.ArgumentParser(description="Does the guarded Toolformer loop learn?")
+    parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl, with test.jsonl beside it")
+    parser.add_argument("--out", type=Path, default=Path("runs/bench/toolformer"), help="where runs and results go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; times count only with 1")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    plans = []
+    for seed in given.seeds:
+        words = ("--data", str(given.data), "--cycles", "6", "--seed", str(seed))
+        for name, more in (("loop", ()), ("control", ("--control",))):
+            folder = given.out / f"{name}-{seed}"
+            plans.append(runs.Run(run_dir=folder, options=(*words, *more), ends_with=frozenset({0, 4})))
+    done = runs.do_all(plans, jobs=given.jobs)
+    seeds = [
+        summary(seed, plans[2 * at].run_dir, plans[2 * at + 1].run_dir, done[2 * at], done[2 * at + 1])
+        for at, seed in enumerate(given.seeds)
+    ]
+    (given.out / "toolformer.json").write_text(json.dumps(seeds, indent=1))
+    runs.write(given.out / "toolformer.md", markdown(seeds))
     return 0 if all(all(s["claims"].values()) for s in seeds) else 1
 
 

@@ -83,29 +83,46 @@ def calculator():
 @pytest.fixture
 def open_guard(tmp_path, calculator):
     """Opens the guard of `tmp_path/run` as often as asked; each opening is a process that starts again."""
+    return lambda name="run": _open(tmp_path, name, calculator)
+
+
+def _open(folder, name, calculator):
     from loopguard import LoopGuard
 
-    policy = tmp_path / "policy.yaml"
+    policy = folder / "policy.yaml"
     policy.write_text(POLICY)
-
-    def opened(name="run"):
-        return LoopGuard.from_file(policy, run_dir=tmp_path / name, runtimes=fake_runtimes(calculator))
-
-    return opened
+    return LoopGuard.from_file(policy, run_dir=folder / name, runtimes=fake_runtimes(calculator))
 
 
 @pytest.fixture
 def small():
-    """Options and their task, cut down until a cycle takes about a second."""
+    """Options and their task, cut down until a cycle takes a second. The model stays too dumb to keep many calls."""
+    return lambda **given: _cut({"cycles": 2} | given, hidden=36, feedforward=64, warmup_updates=70, cycle_updates=50)
+
+
+@pytest.fixture(scope="session")
+def learnable():
+    """Options and their task as in the demonstration, but for fewer places: the model learns to call."""
+    return lambda **given: _cut({"cycles": 2} | given)
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory, learnable):
+    """A run of one honest cycle whose model calls well, to be copied and gone on with; and its programs."""
+    from loopguard.pipelines.toolformer import run
+
+    folder, calculator = tmp_path_factory.mktemp("learned"), Calculator()
+    options, task = learnable(cycles=1)
+    with _open(folder, "run", calculator) as guard:
+        result = run(guard, options, task=task)
+    return folder / "run", result, calculator.programs
+
+
+def _cut(given, **sizes):
     from loopguard.pipelines.toolformer import ToolformerOptions, prepare
 
-    def cut(**given):
-        options = ToolformerOptions(**({"cycles": 2, "threads": 1} | given))
-        task = prepare(options)
-        settings = replace(
-            task.settings, hidden=32, feedforward=64, warmup_updates=70, cycle_updates=50, batch=16, places=60
-        )
-        held_out = replace(task.held_out, places=task.held_out.places[:40], lines=task.held_out.lines[:40])
-        return options, replace(task, settings=settings, held_out=held_out, lines=task.lines[:600])
-
-    return cut
+    options = ToolformerOptions(**given)
+    task = prepare(options)
+    settings = replace(task.settings, places=200, **sizes)
+    held_out = replace(task.held_out, places=task.held_out.places[:40], lines=task.held_out.lines[:40])
+    return options, replace(task, settings=settings, held_out=held_out, lines=task.lines[:1500])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -29,46 +30,45 @@ def of_type(run_dir, kind):
 
 
 class TestHonest:
-    @pytest.fixture
-    def finished(self, open_guard, small):
-        options, task = small()
-        with open_guard() as guard:
-            return guard.run_dir, run(guard, options, task=task)
+    def test_every_cycle_is_promoted_and_has_a_row(self, learned):
+        _, result, _ = learned
+        assert [row["cycle"] for row in result.rows] == [0, 1]
+        assert [row["proposed"] is None for row in result.rows] == [True, False]
+        assert 0 < result.rows[1]["kept"] <= result.rows[1]["proposed"]
 
-    def test_every_cycle_is_promoted_and_has_a_row(self, finished):
-        _, result = finished
-        assert [row["cycle"] for row in result.rows] == [0, 1, 2]
-        assert [row["proposed"] is None for row in result.rows] == [True, False, False]
-        assert all(0 < row["kept"] <= row["proposed"] for row in result.rows[1:])
+    def test_the_model_learns_to_call(self, learned):
+        _, result, _ = learned
+        assert result.rows[1]["panel"]["correct"] > 0.5
 
-    def test_every_call_in_the_table_is_in_the_log(self, finished):
-        run_dir, result = finished
+    def test_every_call_in_the_table_is_in_the_log(self, learned):
+        run_dir, result, _ = learned
         calls = sum(row["calls"] for row in result.rows)
         rechecked = sum(body["recheck"]["checked"] for body in of_type(run_dir, "data.admitted"))
         assert len(of_type(run_dir, "tool.finished")) == calls + rechecked
 
-    def test_every_evaluation_keeps_its_items(self, finished):
-        run_dir, result = finished
+    def test_every_evaluation_keeps_its_items(self, learned):
+        run_dir, result, _ = learned
         for row in result.rows:
             body = json.loads((run_dir / "eval" / f"cycle-{row['cycle']}.json").read_text())
             assert body["panel"] == row["panel"]
             correct = [item["correct"] for item in body["items"]]
             assert sum(correct) / len(correct) == row["panel"]["correct"]
 
-    def test_the_items_stand_for_the_same_places_in_every_cycle(self, finished):
-        run_dir, _ = finished
-        first, last = (json.loads((run_dir / "eval" / f"cycle-{n}.json").read_text())["items"] for n in (0, 2))
+    def test_the_items_stand_for_the_same_places_in_every_cycle(self, learned):
+        run_dir, _, _ = learned
+        first, last = (json.loads((run_dir / "eval" / f"cycle-{n}.json").read_text())["items"] for n in (0, 1))
         assert [(item["origin"], item["expected"]) for item in first] == [
             (item["origin"], item["expected"]) for item in last
         ]
 
-    def test_what_the_model_learned_from_it_has_been_computed(self, finished, calculator):
-        run_dir, _ = finished
+    def test_what_the_model_learned_from_it_has_been_computed(self, learned):
+        run_dir, _, programs = learned
         manifest = next((run_dir / "snapshots").glob("*/manifest.json"))
         memory = json.loads(manifest.read_text())["tree"]["loop"]
+        assert len(memory["calls"]) > memory["people"]
         for _, completion in memory["calls"]:
             expression = completion.removeprefix("<<").partition(">>")[0].rpartition("=")[0]
-            assert calculator.programs[f"print({expression})"]
+            assert programs[f"print({expression})"]
 
 
 class TestGoingOn:
@@ -139,36 +139,50 @@ class TestControl:
 class TestPlanted:
     """Each fault is caught at its own gate, and no faulty weight reaches the actor."""
 
-    def frozen(self, open_guard, small, plant):
-        options, task = small(cycles=2, plant=parse_plant(plant))
-        with open_guard() as guard:
-            with pytest.raises(LoopFrozen) as caught:
-                run(guard, options, task=task)
-            assert guard.promoted_cycle == 1
-            [freeze] = of_type(guard.run_dir, "freeze.entered")
-            applied = [body["actor"] for body in of_type(guard.run_dir, "promotion.applied")]
-            assert guard.actor_digest == applied[-1]
-        return freeze, caught.value, guard.run_dir
+    @pytest.fixture
+    def frozen(self, learned, learnable, tmp_path, open_guard):
+        """Goes on with a copy of the honest run, with this fault in cycle 2."""
+        promoted, _, _ = learned
+        shutil.copytree(promoted, tmp_path / "run")
+
+        def go_on(fault):
+            options, task = learnable(plant=parse_plant(f"{fault}@2"))
+            with open_guard() as guard:
+                with pytest.raises(LoopFrozen) as caught:
+                    run(guard, options, task=task)
+                assert guard.promoted_cycle == 1
+                [freeze] = of_type(guard.run_dir, "freeze.entered")
+                assert guard.actor_digest == of_type(guard.run_dir, "promotion.applied")[-1]["actor"]
+            return freeze, caught.value, guard.run_dir
+
+        return go_on
 
     @pytest.mark.parametrize("fault", ["nan", "negative-loss"])
-    def test_an_impossible_loss_is_withheld(self, open_guard, small, fault):
-        freeze, _, _ = self.frozen(open_guard, small, f"{fault}@2")
+    def test_an_impossible_loss_is_withheld(self, frozen, fault):
+        freeze, _, _ = frozen(fault)
         assert (freeze["gate"], freeze["rule"]) == ("update", "bounds:loss")
         assert freeze["restored"] is None
 
-    def test_an_answer_in_the_prompt_is_quarantined(self, open_guard, small):
-        freeze, _, run_dir = self.frozen(open_guard, small, "answer-leak@2")
+    def test_a_loss_that_falls_because_the_labels_are_visible_is_rolled_back(self, frozen):
+        freeze, _, run_dir = frozen("label-leak")
+        assert (freeze["gate"], freeze["rule"]) == ("update", "jump:loss")
+        assert freeze["signals"][0]["direction"] == "down"
+        promotion = of_type(run_dir, "promotion.applied")[-1]
+        assert freeze["restored"] == promotion["snapshot"]
+
+    def test_an_answer_in_the_prompt_is_quarantined(self, frozen):
+        freeze, _, run_dir = frozen("answer-leak")
         assert freeze["gate"] == "data"
         reasons = {body["reason"] for body in of_type(run_dir, "data.quarantined")}
         assert "forbidden_in_prompt" in reasons
 
-    def test_a_verifier_that_accepts_everything_is_found_out(self, open_guard, small):
-        freeze, frozen, _ = self.frozen(open_guard, small, "verifier-bug@2")
+    def test_a_verifier_that_accepts_everything_is_found_out(self, frozen):
+        freeze, told, _ = frozen("verifier-bug")
         assert freeze["gate"] == "data"
-        assert "do not hold when run again" in frozen.reason
+        assert "do not hold when run again" in told.reason
 
-    def test_escapes_are_refused_or_reach_the_cell_and_freeze_the_loop(self, open_guard, small, calculator):
-        freeze, _, _ = self.frozen(open_guard, small, "tool-escape@2")
+    def test_escapes_are_refused_or_reach_the_cell_and_freeze_the_loop(self, frozen, calculator):
+        freeze, _, _ = frozen("tool-escape")
         assert (freeze["gate"], freeze["rule"]) == ("tool", "rate:refused")
         assert not any(calculator.programs[attempt] for attempt in PLAIN_ATTEMPTS)
 

@@ -6,8 +6,10 @@ import re
 import pytest
 
 from loopguard.errors import DataFileError
+from loopguard.pipelines.toolformer.calls import agrees, code_of, printed
 from loopguard.pipelines.toolformer.problems import generate
 from loopguard.pipelines.toolformer.text import problem_of, read
+from loopguard.types import ToolCall
 
 QUESTION = "How many clips did Natalia sell?"
 
@@ -115,12 +117,14 @@ class TestGenerated:
         assert generate(50, seed=3) == generate(50, seed=3)
         assert generate(50, seed=3) != generate(50, seed=4)
 
-    def test_every_problem_has_a_place_whose_human_call_gives_its_number(self):
+    def test_every_problem_has_a_place_whose_human_call_gives_its_number(self, calculator):
         for problem in generate(500, seed=0):
             [place] = problem.places
-            a, sign, b = re.fullmatch(r"(\d+)([-+*/])(\d+)", place.call).groups()
-            a, b = int(a), int(b)
-            assert {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] == int(place.number)
+            call = ToolCall(id="c", tool="python", code=code_of(place.call))
+            assert agrees(printed(calculator(call)), place.number)
+
+    def test_a_seed_and_its_negative_are_different_seeds(self):
+        assert generate(50, seed=1) != generate(50, seed=-1)
 
     def test_some_are_spelled_out_and_some_are_not(self):
         share = sum(problem.places[0].spelled_out for problem in generate(500, seed=0)) / 500

@@ -81,23 +81,23 @@ GSM8K = Settings(
 """Sized for the real thing: GSM8K on two cores in minutes."""
 
 GENERATED = Settings(
-    hidden=64,
-    feedforward=192,
+    hidden=96,
+    feedforward=256,
     layers=2,
-    heads=4,
+    heads=3,
     vocabulary=200,
-    warmup_solutions=100,
+    warmup_solutions=160,
     warmup_calls=2,
-    warmup_updates=120,
-    cycle_updates=60,
+    warmup_updates=250,
+    cycle_updates=40,
     batch=32,
     plain_share=0.25,
-    text_weight=0.3,
-    learning_rate=4e-3,
+    text_weight=0.5,
+    learning_rate=3e-3,
     cycle_rate=0.4,
     places=300,
     samples=2,
-    temperature=0.8,
+    temperature=1.0,
     min_gain=0.0,
     before_length=32,
     call_length=12,
@@ -105,7 +105,7 @@ GENERATED = Settings(
     held_out_places=300,
     held_out_lines=300,
 )
-"""Sized for a demonstration: generated problems, well under a minute of training."""
+"""Sized for a demonstration: generated problems, about half a minute of training."""
 
 PRESETS: dict[Literal["gsm8k", "generated"], Settings] = {"gsm8k": GSM8K, "generated": GENERATED}
 
