@@ -4,8 +4,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="this is about torch")
 
-from loopguard.errors import UsageError  # noqa: E402 - after the look for torch
-from loopguard.integrations.torch import learner  # noqa: E402
+from loopguard.errors import UsageError
+from loopguard.integrations.torch import learner
 
 OPTIMIZERS = {
     "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
