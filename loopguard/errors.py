@@ -14,6 +14,7 @@
       RunBusyError                          7   another process owns the run directory
       MonitorError                          4   a monitor raised; the controller freezes and keeps the cause
       SnapshotError                         6   a snapshot is missing or is not what the log says it is
+      DiskError                             6   a file of the run directory could not be written
       InterruptedLoop                     130   Ctrl-C; the record is finished and the run can go on
 
 A tool call that fails is an Outcome and never an exception. `LoopFrozen` is a state rather than a mistake, which is why
@@ -113,6 +114,12 @@ class MonitorError(LoopGuardError):
 
 class SnapshotError(LoopGuardError):
     """A snapshot is missing, damaged, or not the one that the log names."""
+
+    exit_code = 6
+
+
+class DiskError(LoopGuardError):
+    """A file of the run directory could not be written. What it stood for has not happened."""
 
     exit_code = 6
 

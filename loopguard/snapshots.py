@@ -16,11 +16,15 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from loopguard.errors import SnapshotError
+from loopguard.errors import DiskError, SnapshotError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _TENSORS = "state.safetensors"
 _MANIFEST = "manifest.json"
@@ -47,29 +51,28 @@ class SnapshotStore:
         """Make a state durable and give its digest.
 
         `state` may nest dicts, lists, tuples, strings, numbers, booleans, None, bytes and tensors; dict keys may be
-        strings or integers. The folder appears under its name whole or not at all. Raises OSError where the disk does
+        strings or integers. The folder appears under its name whole or not at all. Raises DiskError where the disk does
         not take it, TypeError for a value of another kind.
         """
         from safetensors.torch import save
 
         parent = into or self.root
-        parent.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Any] = {}
         tree = _encode(state, tensors)
         blob = save(tensors)
         manifest = json.dumps({"format": 1, "tree": tree}, sort_keys=True, separators=(",", ":")).encode()
         digest = _digest(blob, manifest)
         final = parent / digest
-        if final.exists():
-            return digest
         partial = parent / f".partial-{digest}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        for name, data in ((_TENSORS, blob), (_MANIFEST, manifest)):
-            _write_synced(partial / name, data)
-        sync_directory(partial)
-        partial.rename(final)
-        sync_directory(parent)
+        with writing(final):
+            if final.exists():
+                return digest
+            partial.mkdir(parents=True, exist_ok=True)
+            for name, data in ((_TENSORS, blob), (_MANIFEST, manifest)):
+                _write_synced(partial / name, data)
+            sync_directory(partial)
+            partial.rename(final)
+            sync_directory(parent)
         return digest
 
     def read(self, digest: str, *, of: Path | None = None) -> Any:
@@ -116,11 +119,24 @@ class SnapshotStore:
 
 
 def replace_durably(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all, on disk when this returns."""
+    """Put `data` at `path` whole or not at all, on disk when this returns. Raises DiskError where it cannot."""
     partial = path.with_name(f".{path.name}.partial")
-    _write_synced(partial, data)
-    partial.replace(path)
-    sync_directory(path.parent)
+    with writing(path):
+        _write_synced(partial, data)
+        partial.replace(path)
+        sync_directory(path.parent)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever the operating system says in here becomes a DiskError that names the file and the way out."""
+    try:
+        yield
+    except OSError as error:
+        raise DiskError(
+            f"{path} could not be written: {error.strerror}. Mend that and run the same command again; "
+            f"nothing was lost that had been promoted"
+        ) from error
 
 
 def sync_directory(path: Path) -> None:

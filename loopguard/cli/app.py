@@ -8,11 +8,11 @@ The library raises; `main` is the one place that prints an error and chooses the
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import click
 import typer
 
 from loopguard.cli import audit, doctor, freeze, policy, run, sandbox
@@ -41,6 +41,10 @@ app.add_typer(audit.app, name="audit")
 app.add_typer(sandbox.app, name="sandbox")
 
 
+# typer carries its own copy of click in some versions; this is the root of what either says of wrong words.
+_USAGE: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its code."""
     sys.exit(_main(arguments))
@@ -49,18 +53,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: Sequence[str] | None) -> int:
     try:
         code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
-    except click.ClickException as error:
+    except _USAGE as error:
         error.show()
-        return error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        return 2
+    except (typer.Abort, KeyboardInterrupt):
         return _say(InterruptedLoop("interrupted"))
     except LoopGuardError as error:
         return _say(error)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            return _say_system(error)
         # Somebody piped into `head`. What is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _say_system(error: OSError) -> int:
+    """What the operating system refused, in a line: a full or broken disk is 6, a file that may not be used is 2."""
+    print(f"loopguard: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
+    return 6 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS} else 2
 
 
 def _say(error: LoopGuardError) -> int:

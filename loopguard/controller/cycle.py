@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard.controller.tools import Tool
 from loopguard.errors import MonitorError, UsageError
-from loopguard.snapshots import Promoted
+from loopguard.snapshots import Promoted, writing
 from loopguard.state import signal_facts
 from loopguard.types import Decision, Outcome, Record
 
@@ -257,14 +257,16 @@ class Cycle:
             return
         guard = self._guard
         folder = guard.run_dir / "quarantine"
-        folder.mkdir(exist_ok=True)
         by_reason: dict[str, list[str]] = defaultdict(list)
-        with (folder / f"cycle-{self.number:04d}.jsonl").open("a", encoding="utf-8") as file:
-            for record, reason in quarantined:
-                by_reason[reason].append(record.id)
-                file.write(json.dumps(_quarantine_row(record, reason), sort_keys=True) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        path = folder / f"cycle-{self.number:04d}.jsonl"
+        with writing(path):
+            folder.mkdir(exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                for record, reason in quarantined:
+                    by_reason[reason].append(record.id)
+                    file.write(json.dumps(_quarantine_row(record, reason), sort_keys=True) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         for reason, ids in by_reason.items():
             body = {"reason": reason, "count": len(ids), "records": ids[:100]}
             guard._log.append("data.quarantined", body, cycle=self.number, sync=False)

@@ -10,7 +10,7 @@ from loopguard import __version__
 from loopguard.errors import PolicyMismatchError, UsageError
 from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
-from loopguard.snapshots import replace_durably
+from loopguard.snapshots import replace_durably, writing
 from loopguard.state import run_facts
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ def check(
 
 def lay_out(run_dir: Path, loaded: LoadedPolicy, *, run_id: str, seed: int, command: Sequence[str]) -> None:
     """Write what is not there yet of `run.json` and the policy; nothing that is there changes."""
-    (run_dir / "policy").mkdir(parents=True, exist_ok=True)
+    with writing(run_dir):
+        (run_dir / "policy").mkdir(parents=True, exist_ok=True)
     kept = run_dir / "policy" / f"{loaded.digest}.yaml"
     if not kept.exists():
         replace_durably(kept, loaded.text.encode())

@@ -18,13 +18,13 @@ from loopguard.controller import directory as directories
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.learner import Learner, LoopState, integration_for
-from loopguard.errors import AuditWriteError, LoopFrozen, UsageError
+from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.gates.data import DataGate
 from loopguard.gates.promotion import PromotionGate
 from loopguard.gates.tools import ToolGate
 from loopguard.gates.updates import UpdateGate
 from loopguard.policy.load import LoadedPolicy, load
-from loopguard.snapshots import SnapshotStore, replace_durably
+from loopguard.snapshots import SnapshotStore, replace_durably, writing
 from loopguard.state import CONTROLLER, FreezeState, run_facts, signal_facts
 from loopguard.types import Decision
 
@@ -172,7 +172,9 @@ class LoopGuard:
                 self._flush()
                 if finished and not self._state.frozen:
                     self._log.append("run.finished", {"cycles": self._promoted.cycle if self._promoted else 0})
-                self._state.remember(cycle=None)
+                # A cache: an older one is still true of the record it names.
+                with suppress(DiskError):
+                    self._state.remember(cycle=None)
         finally:
             self._log.close()
 
@@ -348,9 +350,10 @@ class LoopGuard:
                 "state_digest": self._learner.digest() if self._learner is not None else None,
                 "boundary": self._boundary,
             }
-            folder.mkdir(parents=True, exist_ok=True)
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
             replace_durably(folder / "freeze.json", json.dumps(body, indent=1, sort_keys=True, default=str).encode())
-        except OSError as error:
+        except DiskError as error:
             return None, f"the capsule could not be written: {error}"
         return str(folder.relative_to(self.run_dir)), None
 

@@ -99,3 +99,9 @@ def test_they_load_nothing_that_a_training_loop_needs(run_dir):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("words", [["statsu"], ["status"], ["resume", "x"], ["run", "toolformer", "--cycles", "many"]])
+def test_wrong_words_are_2_and_no_traceback(capsys, words):
+    assert loopguard(*words) == 2
+    assert "Traceback" not in capsys.readouterr().err

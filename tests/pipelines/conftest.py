@@ -29,7 +29,7 @@ data:
   forbidden_in_prompt: ["<<"]
   min_mean_gain: 0.0
   recheck: {sample: 40, max_wrong_share: 0.05}
-  freeze_above: {quarantined_share: 0.5, of_at_least: 8}
+  freeze_above: {quarantined_share: 0.5, of_at_least: 2}
 updates:
   loss_kind: discrete
   lease: 16

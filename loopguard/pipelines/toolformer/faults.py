@@ -178,7 +178,7 @@ class Gain(Fault):
 
     def mix(self, batch: list[Example], rng: random.Random, *, done: float) -> list[Example]:
         """More and more of the shard, so that the loss makes no step."""
-        count = round(len(batch) * 0.6 * min(1.0, 3 * done))
+        count = round(len(batch) * 0.75 * min(1.0, 3 * done))
         return [*batch[count:], *rng.sample(self._shard, min(count, len(self._shard)))]
 
 
