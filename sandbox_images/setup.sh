@@ -4,6 +4,7 @@
 #
 #   sandbox_images/setup.sh                  engine and image
 #   sandbox_images/setup.sh --engine-only    engine
+#   sandbox_images/setup.sh --image-only     the image; an engine has to be there
 #   sandbox_images/setup.sh --check          only look; 0 where both are there
 #
 # Exit codes: 0 ready, 2 usage, 5 it cannot be had here (the last line says what to do).
@@ -155,12 +156,16 @@ ensure_image() {
 
 case "${1:-}" in
     --check) engine_answers && image_is_current && exit 0; exit 5 ;;
-    "" | --engine-only) ;;
+    "" | --engine-only | --image-only) ;;
     *) say "unknown option $1; see the head of $0"; exit 2 ;;
 esac
 
 # Two set-ups at once would build the same image twice.
 exec 9>>"$LOCK"
 ! has flock || flock 9
-ensure_engine 9>&-
+if [ "${1:-}" = --image-only ]; then
+    engine_answers || give_up "no Docker engine answers: run $0 without an option, or start Docker"
+else
+    ensure_engine 9>&-
+fi
 [ "${1:-}" = --engine-only ] || ensure_image 9>&-

@@ -48,11 +48,15 @@ _WAIT_S = 60
 _IDLE_S = 3600
 _USE_S = 12 * 3600
 _LIFETIME_S = 24 * 3600
-_FIRST_UID, _LAST_UID = 10_000, 65_000
+_USERS, _MAPPED_USERS = (100_000, 2_000_000_000), (10_000, 65_000)
+"""User ids that calls get; an engine that maps user ids (rootless, userns-remap) has 65,536 of them."""
+
 _INODES = 8192
 _MOST_INPUT_MIB = 16
 _TOOLS = ("python", "sh")
-_RUNSC_PROCESSES = 48
+
+_users_lock = threading.Lock()
+_users_taken: list[range] = []
 
 _live: weakref.WeakSet[DockerCell] = weakref.WeakSet()
 _runtimes: set[DockerRuntime] = set()
@@ -67,12 +71,17 @@ class DockerCell:
     end of it.
     """
 
-    def __init__(self, spec: CellSpec, *, run_id: str, on_event: EventSink, image: str = "") -> None:
+    def __init__(
+        self, spec: CellSpec, *, run_id: str, on_event: EventSink, image: str = "", mapped: bool = True
+    ) -> None:
         self.calls = 0
         self.name = f"lg-{run_id}-{secrets.token_hex(4)}"
         self.facts: dict[str, Any] = {}
+        self.settings: dict[str, Any] = {}
         self._spec = spec
         self._image = image or spec.image
+        self._mapped = mapped
+        self._users = range(0)
         self._on_event = on_event
         self._born = time.monotonic()
         self._end = threading.Lock()
@@ -171,10 +180,11 @@ class DockerCell:
             # here ends by itself and is swept up at the next start.
             self._engine.remove_container(getattr(self, "_id", self.name), force=True, v=True)
         self._engine.close()
+        _give_users_back(self._users)
         if self._announced:
             # A log that cannot be written freezes the loop by itself; the container has to go in any case.
             with suppress(LoopGuardError):
-                self._on_event("sandbox.removed", {"cell": self.name, "reason": reason, "calls": self.calls})
+                self._on_event("sandbox.removed", {"cell": self.name, **_told(reason), "calls": self.calls})
 
     def drop(self) -> None:
         """In a forked child: let go of the stream without a word, so that the parent's end is the only one."""
@@ -192,11 +202,11 @@ class DockerCell:
 
     def _create(self, run_id: str) -> str:
         spec = self._spec
-        slots = (_LAST_UID - _FIRST_UID) // (spec.calls_per_cell + 2)
-        first_uid = _FIRST_UID + 1 + secrets.randbelow(max(slots, 1)) * (spec.calls_per_cell + 2)
+        self._users = _take_users(spec.calls_per_cell + 2, _MAPPED_USERS if self._mapped else _USERS)
         options = {
-            "first_uid": first_uid,
-            "nproc": _RUNSC_PROCESSES if spec.runtime == "runsc" else 0,
+            # One below it is the user that PID 1 is while it kills.
+            "first_uid": self._users.start + 1,
+            "nproc": spec.limits.pids if spec.runtime == "runsc" else 0,
             "idle_s": _IDLE_S,
             "preload": list(spec.preload),
         }
@@ -244,6 +254,8 @@ class DockerCell:
             "counters": hello.header["counters"],
             "attested": len(asked) + len(attest.MUST_BE) + len(attest.MUST_BE_EMPTY),
         }
+        # As the engine gives them back; of the security options one is the whole seccomp list.
+        self.settings = {name: found["HostConfig"].get(name) for name in asked if name != "SecurityOpt"}
 
     def _out_of_memory(self) -> bool:
         """Whether the kernel killed it for its memory. The engine learns of that a moment after the stream ended."""
@@ -275,6 +287,7 @@ class DockerRuntime:
         self._make_cell = make_cell or self._new_cell
         self._pool: Pool | None = None
         self._image = ""
+        self._mapped = True
         self._pid = os.getpid()
 
     def start(self) -> None:
@@ -334,8 +347,10 @@ class DockerRuntime:
 
     def _new_cell(self) -> DockerCell:
         # The image that was looked at, not whatever its tag means by now.
-        cell = DockerCell(self._spec, run_id=self._run_id, on_event=self._on_event, image=self._image)
-        self._facts |= cell.facts
+        cell = DockerCell(
+            self._spec, run_id=self._run_id, on_event=self._on_event, image=self._image, mapped=self._mapped
+        )
+        self._facts |= {**cell.facts, "settings": cell.settings}
         return cell
 
     def _check(self, engine: Any, info: dict[str, Any]) -> None:
@@ -347,6 +362,7 @@ class DockerRuntime:
             )
         try:
             self._image = engine.inspect_image(self._spec.image)["Id"]
+            self._mapped = any("userns" in each or "rootless" in each for each in info.get("SecurityOptions") or ())
         except docker.errors.ImageNotFound:
             raise SandboxUnavailableError(
                 f"the image {self._spec.image} is not here: run `loopguard sandbox build`"
@@ -356,6 +372,38 @@ class DockerRuntime:
             "cgroup": info.get("CgroupVersion", "1"),
             "driver": info["Driver"],
         }
+
+
+def _take_users(count: int, among: tuple[int, int]) -> range:
+    """User ids for one cell, apart from those of every other cell of this process that is still there.
+
+    The kernel counts some things per user id and machine, whatever container it is in. By chance they are also apart
+    from those of other processes: there is room for millions of cells, except where the engine maps user ids.
+    """
+    with _users_lock:
+        for _ in range(1000):
+            first = among[0] + secrets.randbelow(among[1] - among[0] - count)
+            users = range(first, first + count)
+            if not any(users.start < other.stop and other.start < users.stop for other in _users_taken):
+                _users_taken.append(users)
+                return users
+    raise SandboxUnavailableError(
+        f"no {count} user ids in a row are free: lower calls_per_cell or cells in the profile"
+    )
+
+
+def _give_users_back(users: range) -> None:
+    with _users_lock, suppress(ValueError):
+        _users_taken.remove(users)
+
+
+def _told(reason: str) -> dict[str, str]:
+    """The reason of a removal in one of the four words that the audit log knows, and what else there is to say."""
+    if reason in {"recycled", "lost", "closed"}:
+        return {"reason": reason}
+    if reason.startswith("not clean"):
+        return {"reason": "dirty", "detail": reason.removeprefix("not clean: ")}
+    return {"reason": "recycled" if reason == "used once" else "lost", "detail": reason}
 
 
 def host_config(spec: CellSpec) -> dict[str, Any]:

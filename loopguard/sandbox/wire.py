@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
 MAX_HEADER = 1 << 16
-MAX_PAYLOAD = 64 << 20
+MAX_PAYLOAD = 160 << 20
+"""Both streams of a call, with the most that a guard policy lets be kept of each (64 MiB)."""
 
 _FRAME = struct.Struct(">2sBxII")
 _PACKET = struct.Struct(">BxxxI")

@@ -32,7 +32,7 @@ import time
 HEAD = struct.Struct(">2sBxII")
 MAGIC = b"LG"
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
-MAX_HEADER, MAX_PAYLOAD = 1 << 16, 64 << 20
+MAX_HEADER, MAX_PAYLOAD = 1 << 16, 160 << 20  # both streams with the most that a policy lets be kept
 WRITABLE = ("/job", "/tmp", "/dev/shm")
 PLACE = "/job/call"  # the same for every call: a traceback must not tell calls apart
 CODE = {"python": "main.py", "sh": "main.sh"}
@@ -43,6 +43,8 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
+    # A set of strings has the same order in every cell, so that a loop can be repeated.
+    "PYTHONHASHSEED": "0",
 }
 # Imported before a call as well: what most snippets begin with, at the price of a few hundred kilobytes.
 USUAL = ("collections", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
@@ -98,7 +100,8 @@ class Counter:
 def disk_is_full():
     for mount in WRITABLE:
         stat = os.statvfs(mount)
-        if stat.f_bavail == 0 or stat.f_favail == 0:
+        # gVisor counts no files at all: none free of none is not full.
+        if stat.f_bavail == 0 or (stat.f_files and stat.f_favail == 0):
             return True
     return False
 
@@ -230,8 +233,9 @@ def run_python(code, tools):
         status = 1
     threading._shutdown()
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
+    # Also the ones that the code has put others in the place of: what they hold was printed.
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     return status
 
@@ -353,9 +357,9 @@ class Cell:
             os.dup2(nothing, 1)
             os.dup2(nothing, 2)
             theirs.set_inheritable(True)
-            # A fresh interpreter: it shares no memory with PID 1.
-            arguments = [sys.executable, "-I", __file__, "--zygote", str(theirs.fileno()), *self.preload]
-            os.execv(sys.executable, arguments)
+            # A fresh interpreter: it shares no memory with PID 1. Not -I, which would ignore the seed of hashes.
+            arguments = [sys.executable, "-s", __file__, "--zygote", str(theirs.fileno()), *self.preload]
+            os.execve(sys.executable, arguments, {**ENVIRONMENT, "HOME": "/"})
         theirs.close()
         if (said := self.channel.recv(1024)) != b"ready":
             sys.exit(said.decode(errors="replace") or "the zygote did not start")
@@ -628,6 +632,7 @@ def feed(descriptor, data):
 def main():
     set_dumpable(0)
     if sys.argv[1] == "--zygote":
+        sys.path.pop(0)  # the folder of this file
         zygote(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     options = json.loads(sys.argv[1])
     for number in signal.valid_signals() - UNCATCHABLE - {signal.SIGCHLD}:

@@ -103,7 +103,7 @@ def test_a_frame_that_claims_too_much_is_refused_before_it_is_read():
 
 def test_a_payload_that_fits_no_frame_is_not_sent():
     """Too much to send is said with the limit."""
-    with pytest.raises(wire.ProtocolError, match="64 MiB at most"):
+    with pytest.raises(wire.ProtocolError, match="160 MiB at most"):
         wire.encode(wire.CALL, {}, bytes(wire.MAX_PAYLOAD + 1))
 
 
