@@ -1,6 +1,6 @@
 """Is every planted fault caught at its own gate, on every seed, and does nothing of it reach an actor?
 
-    python benchmarks/faults.py --data gsm8k/train.jsonl [--seeds 21 22 23] [--out runs/bench/faults] [--jobs 2]
+    python benchmarks/faults.py --data gsm8k/train.jsonl [--seeds 31 32 33] [--out runs/bench/faults] [--jobs 2]
 
 For each seed an honest run of one cycle, and from a copy of it, for each fault, `--cycles 2 --plant FAULT@2`: a run
 goes on bit for bit as if it had not stopped, so the warm-up is paid once. What must be true afterwards is read from
@@ -134,7 +134,7 @@ def escapes(told: Told) -> Counter[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33])
     parser.add_argument("--out", type=Path, default=Path("runs/bench/faults"))
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()

@@ -1,6 +1,6 @@
 """Does the guarded Toolformer loop learn, and is the guard quiet while it does?
 
-    python benchmarks/toolformer.py --data gsm8k/train.jsonl [--seeds 21 22 23] [--jobs 2]
+    python benchmarks/toolformer.py --data gsm8k/train.jsonl [--seeds 31 32 33] [--jobs 2]
 
 For each seed a run of six cycles and a control that trains on no record the loop kept, through the command line and
 with every call in a container. Printed for each seed: the held-out share of correct calls after the warm-up and at the
@@ -130,7 +130,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Does the guarded Toolformer loop learn?")
     parser.add_argument("--data", type=Path, required=True, help="GSM8K's train.jsonl, with test.jsonl beside it")
     parser.add_argument("--out", type=Path, default=Path("runs/bench/toolformer"), help="where runs and results go")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[21, 22, 23])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[31, 32, 33])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; times count only with 1")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)

@@ -174,7 +174,7 @@ class Gain(Fault):
 
     def updates(self, planned: int) -> int:
         """Enough to learn the shard."""
-        return 5 * planned
+        return 4 * planned
 
     def mix(self, batch: list[Example], rng: random.Random, *, done: float) -> list[Example]:
         """More and more of the shard, so that the loss makes no step."""
