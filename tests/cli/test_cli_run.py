@@ -118,16 +118,20 @@ def start(run_dir, *words):
     )
 
 
-def wait_for(run_dir, kind, *, count=1, timeout_s=120):
-    """Until the log has so many records of a type."""
+def count(run_dir, kind):
+    if not any((run_dir / "audit" / "controller").glob("seg-*")):
+        return 0
+    return sum(1 for _ in read.entries(run_dir, types=[kind]))
+
+
+def wait_for(process, run_dir, kind, *, more=1, timeout_s=200):
+    """Until the log has so many more records of a type than now."""
+    enough = count(run_dir, kind) + more
     deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if (run_dir / "audit").exists() and any((run_dir / "audit" / "controller").glob("seg-*")):
-            found = sum(entry.type == kind for entry in read.entries(run_dir))
-            if found >= count:
-                return
+    while count(run_dir, kind) < enough:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, f"no {kind} within {timeout_s} s"
         time.sleep(0.05)
-    raise AssertionError(f"no {kind} within {timeout_s} s")
 
 
 def pointer(run_dir):
@@ -146,11 +150,16 @@ def whole(tmp_path_factory):
 @pytest.mark.docker
 class TestARunningLoop:
     def test_killed_again_and_again_it_comes_out_the_same_to_the_bit(self, whole, tmp_path):
-        """kill -9 in the warm-up, among tool calls, and among the updates of a cycle."""
+        """kill -9 in the warm-up, right after a promotion, among tool calls, and among the updates of a cycle."""
         run_dir = tmp_path / "run"
-        for kind, count in (("update.leased", 1), ("cycle.started", 3), ("tool.finished", 300)):
+        for kind, more in (
+            ("update.leased", 1),
+            ("promotion.applied", 1),
+            ("tool.finished", 200),
+            ("update.leased", 1),
+        ):
             process = start(run_dir)
-            wait_for(run_dir, kind, count=count)
+            wait_for(process, run_dir, kind, more=more)
             process.kill()
             process.communicate()
         done = run("--run-dir", run_dir, "--cycles", "1")
@@ -169,7 +178,7 @@ class TestARunningLoop:
     def test_two_at_once(self, tmp_path):
         process = start(tmp_path / "run")
         try:
-            wait_for(tmp_path / "run", "cycle.started")
+            wait_for(process, tmp_path / "run", "cycle.started")
             done = run("--run-dir", tmp_path / "run", "--cycles", "1")
             assert done.returncode == 7
             assert f"in use by process {process.pid}" in one_line(done.stderr)
@@ -179,7 +188,7 @@ class TestARunningLoop:
 
     def test_ctrl_c_ends_with_130_and_leaves_a_resumable_run(self, tmp_path):
         process = start(tmp_path / "run")
-        wait_for(tmp_path / "run", "tool.finished")
+        wait_for(process, tmp_path / "run", "tool.finished")
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
         assert process.returncode == 130, said
