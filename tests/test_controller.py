@@ -341,6 +341,13 @@ class TestAdmission:
             next(iter(guard.cycles(1))).admit([record(n, expected="5") for n in range(4)])
         assert not lab.events("data.admitted")
 
+    def test_a_freeze_while_checks_run_again_is_one_freeze(self, lab):
+        lab.respond = lambda call: Outcome(call_id=call.id, status="timeout")
+        with lab.open() as guard, pytest.raises(LoopFrozen, match="contained"):
+            next(iter(guard.cycles(1))).admit([record(n) for n in range(4)])
+        assert len(lab.events("freeze.entered")) == 1
+        assert not lab.events("data.admitted")
+
     def test_a_verifier_whose_sandbox_died_admits_nothing(self, lab):
         lab.respond = lambda call: SandboxUnavailableError("gone")
         with lab.open() as guard, pytest.raises(SandboxUnavailableError):

@@ -73,6 +73,9 @@ class Cycle:
             return Admitted(records=(), quarantined=(), decision=_DISCARDED)
         sample = guard._data.sample(records, salt=f"{guard.run_id}/{self.number}")
         rechecked = self._recheck(sample)
+        if sample and not self._enter():
+            # The loop froze while the checks ran; what they came back with says nothing about the records.
+            return Admitted(records=(), quarantined=(), decision=_DISCARDED)
         batch = guard._data.verdict(records, proposed=proposed, rechecked=rechecked)
         self._record_quarantine(batch.quarantined)
         facts = {**batch.decision.facts, "admitted": len(batch.admitted), "quarantined": len(batch.quarantined)}
