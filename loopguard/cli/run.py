@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -133,6 +134,7 @@ def _toolformer(
     from loopguard.pipelines import toolformer
     from loopguard.policy.load import shipped
 
+    _need_training()
     task = toolformer.prepare(options)
     with _shown() as shown:
         try:
@@ -154,6 +156,14 @@ def _toolformer(
             _closing(run_dir)
             raise
     _closing(run_dir)
+
+
+def _need_training() -> None:
+    from loopguard.errors import UsageError
+
+    absent = [name for name in ("torch", "transformers", "safetensors") if find_spec(name) is None]
+    if absent:
+        raise UsageError(f"the reference loops need {', '.join(absent)}: pip install 'loopguard[train]'")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import random
 import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,6 +125,8 @@ class TorchLearner:
 
 def learner(*, model: Any, optimizer: Any, scheduler: Any, actor: Any) -> TorchLearner:
     """Hold these objects. Raises UsageError where they are not what `attach` can guard."""
+    if find_spec("safetensors") is None:
+        raise UsageError("attach(...) keeps snapshots as safetensors: pip install 'loopguard[train]'")
     optimizers = _several(optimizer)
     for one in optimizers:
         if not isinstance(one, torch.optim.Optimizer):

@@ -232,3 +232,11 @@ class TestARunningLoop:
             assert stands.frozen == (disk / "run" / "latch").exists()
         finally:
             subprocess.run(["umount", disk], check=True)
+
+
+def test_without_the_train_extra_it_says_what_to_install(monkeypatch, capsys, tmp_path):
+    import loopguard.cli.run
+
+    monkeypatch.setattr(loopguard.cli.run, "find_spec", lambda name: None if name == "torch" else object())
+    assert _main(["demo", "--runs", str(tmp_path)]) == 2
+    assert "pip install 'loopguard[train]'" in capsys.readouterr().err
