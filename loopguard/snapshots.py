@@ -167,9 +167,11 @@ def _encode(value: Any, tensors: dict[str, Any]) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, dict):
+        # In the order of the keys: a restored optimizer has another order, and equal states have one name.
+        items = [(key, value[key]) for key in sorted(value, key=repr)]
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: _encode(item, tensors) for key, item in value.items()}
-        return {"$items": [[_encode(key, tensors), _encode(item, tensors)] for key, item in value.items()]}
+            return {key: _encode(item, tensors) for key, item in items}
+        return {"$items": [[_encode(key, tensors), _encode(item, tensors)] for key, item in items]}
     if isinstance(value, list):
         return [_encode(item, tensors) for item in value]
     if isinstance(value, tuple):

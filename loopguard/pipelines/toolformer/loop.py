@@ -18,6 +18,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 
 from loopguard.pipelines.progress import Silent
@@ -85,7 +86,7 @@ class Toolformer:
 
     def __init__(self, guard: LoopGuard, options: ToolformerOptions, task: Task, progress: Progress) -> None:
         torch.set_num_threads(options.threads)
-        torch.manual_seed(_seed(options.seed, "model"))
+        _seed_everything(_seed(options.seed, "model"))
         self._guard, self._options, self._task, self._progress = guard, options, task, progress
         progress.phase("getting ready")
         if options.model is not None:
@@ -111,7 +112,7 @@ class Toolformer:
 
     def turn(self, cycle: Cycle) -> None:
         """One cycle."""
-        torch.manual_seed(_seed(self._options.seed, cycle.number))
+        _seed_everything(_seed(self._options.seed, cycle.number))
         self._author = self._guard.actor_digest
         rng = random.Random(_seed(self._options.seed, f"{cycle.number}/order"))
         fault = faults.planted(self._options.plant, cycle=cycle.number, task=self._task, examples=self._examples)
@@ -321,6 +322,13 @@ class _Counted:
         self.calls += len(outcomes)
         self.refused += sum(outcome.status == "denied" for outcome in outcomes)
         return outcomes
+
+
+def _seed_everything(seed: int) -> None:
+    """Also the generators that this loop does not draw from: they are a part of every snapshot."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
 
 
 def _seed(seed: int, what: int | str) -> int:
