@@ -63,14 +63,14 @@ start_engine() {
     if has systemctl && [ -d /run/systemd/system ]; then
         systemctl start docker >/dev/null 2>&1 && wait_for_engine && return 0
     fi
-    # What an engine that was killed leaves behind would stop the next one, once the kernel gives its numbers away again.
+    # What an engine that was killed leaves behind stops the next one, also where its process is dead and not yet reaped,
+    # and where the kernel has given its number to another. A living program has a link to its file.
     for note in /var/run/docker.pid /var/run/docker/containerd/containerd.pid; do
-        if [ -f "$note" ]; then
-            case "$(cat "/proc/$(cat "$note")/comm" 2>/dev/null)" in
-                dockerd | containerd) ;;
-                *) rm -f "$note" ;;
-            esac
-        fi
+        [ -f "$note" ] || continue
+        case "$(readlink "/proc/$(cat "$note")/exe" 2>/dev/null || true)" in
+            */dockerd* | */containerd*) ;;
+            *) rm -f "$note" ;;
+        esac
     done
     # No service manager: start the engine by itself. The second try is for kernels whose firewall it cannot manage.
     for options in "" "--iptables=false --ip6tables=false --bridge=none"; do
