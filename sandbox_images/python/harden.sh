@@ -7,7 +7,7 @@ find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 for tool in gcc cc g++ c++ ld as make apt apt-get dpkg pip pip3; do
     rm -f "/usr/bin/$tool" "/usr/local/bin/$tool" "/bin/$tool"
 done
-rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* /root/.cache /usr/share/doc /usr/share/man
+rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/* "$HOME/.cache" /usr/share/doc /usr/share/man
 python3 -m compileall -q /opt/loopguard
 chmod -R a+rX,go-w /opt/loopguard
 rm -f /opt/loopguard/harden.sh

@@ -6,6 +6,7 @@ does what the loop would do anyway. The faults change nothing in the guard.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,16 +68,16 @@ class Fault:
         return weighted_mean(token_losses(logits(model, batch), batch), batch)
 
 
-class _LossFault(Fault):
+class _LossFault(Fault, ABC):
     """A fault in the loss, from some updates into the cycle on."""
 
     def loss(self, model: torch.nn.Module, batch: Batch, *, update: int) -> torch.Tensor:
         sound = super().loss(model, batch, update=update) if update <= _FIRST_FAULTY_UPDATE else None
         return self.faulty(model, batch) if sound is None else sound
 
+    @abstractmethod
     def faulty(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss that the bug gives."""
-        raise NotImplementedError
 
 
 class Nan(_LossFault):
