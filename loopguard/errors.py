@@ -8,6 +8,8 @@
       LoopFrozen                            4   weights may not change until a named person resumes the loop
       SandboxError                          5   a sandbox could not do its work
         SandboxUnavailableError             5   no engine, no image, or a cell that died; never a result of the call
+          SandboxBusyError                  5   every cell is taken and the queue is full; nothing ran
+        CallError                           5   a call that no cell takes: too large, or with impossible names
       AuditError                            6   the audit log cannot be trusted or written
         AuditWriteError                     6   a record could not be made durable (disk full, I/O error)
         AuditTamperedError                  6   the log does not verify
@@ -84,6 +86,14 @@ class SandboxError(LoopGuardError):
 
 class SandboxUnavailableError(SandboxError):
     """No engine, no image, a cell that could not be created as asked, or a cell that died under a call."""
+
+
+class SandboxBusyError(SandboxUnavailableError):
+    """Every cell is taken and as many callers wait as may. Nothing ran; the caller may come back later."""
+
+
+class CallError(SandboxError):
+    """A call that cannot be made: more than a cell takes, or with a file name that leads elsewhere. Nothing ran."""
 
 
 class AuditError(LoopGuardError):

@@ -152,6 +152,16 @@ class FreezeState:
         finally:
             set_latch(self._dir, freeze=self._freeze, reason=reason)
 
+    def stirred(self) -> bool:
+        """Whether somebody outside asked for something, or set the latch: a look that costs next to nothing."""
+        if self._freeze is None and self._latch.exists():
+            return True
+        try:
+            with os.scandir(self._dir / "requests") as entries:
+                return any(entry.name.endswith(".json") for entry in entries)
+        except FileNotFoundError:
+            return False
+
     def requests(self) -> Iterator[Request]:
         """Take in what was asked from outside, oldest first; each request is handed out once, after it was recorded."""
         for path in sorted((self._dir / "requests").glob("*.json")):

@@ -53,6 +53,14 @@ class FakeRuntime:
             raise answer
         return answer if isinstance(answer, Outcome) else printed(call, answer)
 
+    def episode(self) -> FakeEpisode:
+        """A cell that is none; its calls are kept and answered like all others."""
+        return FakeEpisode(self)
+
+    def kill(self, call_id: str, why: str) -> bool:
+        """Nothing runs here that could be ended."""
+        return False
+
     def kill_running(self) -> int:
         """Count how often a freeze asked for this; nothing runs here."""
         self.killed += 1
@@ -65,6 +73,24 @@ class FakeRuntime:
     def facts(self) -> dict[str, Any]:
         """What a real runtime reads back from its engine."""
         return {"runtime": "fake"}
+
+
+class FakeEpisode:
+    """An episode of a FakeRuntime."""
+
+    def __init__(self, runtime: FakeRuntime) -> None:
+        self.closed = False
+        self._runtime = runtime
+
+    def run(self, call: ToolCall) -> Outcome:
+        """Give the answer to one call. Raises SandboxUnavailableError after `close`."""
+        if self.closed:
+            raise SandboxUnavailableError("the episode is over: it was closed")
+        return self._runtime.run(call)
+
+    def close(self) -> None:
+        """Be over."""
+        self.closed = True
 
 
 def fake_runtimes(respond: Respond | str) -> Callable[[CellSpec, str, EventSink], FakeRuntime]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -39,6 +40,12 @@ class Limits:
     """Kept of each stream: half of it from the head, half from the tail. Counts are exact beyond it."""
     flood_mib: int
     """Both streams together; more than this ends the call with `output_limit`."""
+    files: int = 64
+    """How many files may go in, and how many may come out."""
+    files_mib: int = 8
+    """All files that go in together, and all that come out."""
+    files_depth: int = 8
+    """Folders below the one that the call starts in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +56,14 @@ class ToolCall:
     tool: str
     code: str
     stdin: bytes = b""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Written into the call's folder before it starts. Names are relative, with `/` between folders."""
+    fetch: tuple[str, ...] = ()
+    """Files and folders to bring back afterwards."""
+    wall_s: float | None = None
+    """A shorter time limit than the guard policy's; a longer one has no effect."""
+    memory_mib: int | None = None
+    """A smaller address space than the policy's memory limit, for this call's processes each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +83,10 @@ class Outcome:
     wall_ms: float = 0.0
     leftovers: int = 0
     """Processes that the call left running; they were killed."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """What was fetched, by name. The names were chosen by the code: check them again before they reach a disk."""
+    not_fetched: Mapping[str, str] = field(default_factory=dict)
+    """What was asked for or found and did not come back, with the reason."""
     refusal: str = ""
     """For `denied`: the terse text that a model may see. It names no rule and no path."""
 

@@ -32,7 +32,7 @@ engine_answers() { docker_ version --format '{{.Server.Version}}' >/dev/null 2>&
 
 sha256() { if has sha256sum; then sha256sum; else shasum -a 256; fi; }
 
-recipe() { cat "$HERE/setup.sh" "$HERE"/python/{Dockerfile,harden.sh,supervisor.py} | sha256 | cut -c1-16; }
+recipe() { (cd "$HERE" && cat setup.sh python/Dockerfile python/*.sh python/*.py python/languages/*.py) | sha256 | cut -c1-16; }
 
 image_is_current() {
     [ "$(docker_ image inspect --format '{{index .Config.Labels "loopguard.recipe"}}' "$IMAGE" 2>/dev/null)" = "$(recipe)" ]

@@ -6,7 +6,9 @@ deciding.
 
     guard      the run: its directory, its log, its freeze, its boundary snapshot
     cycle      one pass: tools, admission, updates, promotion
-    tools      a tool as the loop sees it
+    calls      the path of every tool call
+    tools      a tool as the loop sees it, and a rollout with a cell of its own
+    station    tools without a loop
     cells      the runtimes of a guard policy
     learner    what is asked of a framework's model, and who holds which
     directory  what stands in a run directory, and what an interrupted run left open
@@ -15,6 +17,17 @@ deciding.
 from loopguard.controller.cycle import Admitted, Cycle
 from loopguard.controller.guard import LoopGuard
 from loopguard.controller.learner import INTEGRATIONS, Learner, LoopState
-from loopguard.controller.tools import Tool
+from loopguard.controller.station import ToolStation
+from loopguard.controller.tools import Episode, Tool
 
-__all__ = ["INTEGRATIONS", "Admitted", "Cycle", "Learner", "LoopGuard", "LoopState", "Tool"]
+__all__ = [
+    "INTEGRATIONS",
+    "Admitted",
+    "Cycle",
+    "Episode",
+    "Learner",
+    "LoopGuard",
+    "LoopState",
+    "Tool",
+    "ToolStation",
+]

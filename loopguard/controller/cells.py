@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
-from loopguard.sandbox.base import CellSpec
+from loopguard.errors import SandboxUnavailableError, UsageError
+from loopguard.sandbox.base import CellSpec, EgressRule
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,6 +25,7 @@ class Cells:
         self._run_id = run_id
         self._make = make
         self._runtimes: dict[str, Runtime] = {}
+        self._starting = threading.Lock()
         self._early: list[tuple[str, dict[str, Any]]] = []
         self._log: AuditLog | None = None
 
@@ -31,17 +34,35 @@ class Cells:
         """How many calls can run at once."""
         return max((profile.cells for profile in self._profiles.values()), default=1)
 
+    @property
+    def queue(self) -> int:
+        """How many calls may wait for a cell."""
+        return max((profile.queue for profile in self._profiles.values()), default=0)
+
     def start(self) -> None:
         """Start what is not running yet."""
-        for name, profile in self._profiles.items():
-            if name not in self._runtimes:
-                runtime = self._make(cell_spec(profile), self._run_id, self._event)
-                runtime.start()
-                self._runtimes[name] = runtime
+        if len(self._runtimes) == len(self._profiles):
+            return
+        with self._starting:
+            for name, profile in self._profiles.items():
+                if name not in self._runtimes:
+                    runtime = self._make(cell_spec(profile), self._run_id, self._event)
+                    runtime.start()
+                    self._runtimes[name] = runtime
 
     def of(self, profile: str) -> Runtime:
-        """The runtime of a profile."""
+        """The runtime of a profile. Raises UsageError where no rule names it."""
+        if profile not in self._profiles:
+            names = ", ".join(self._profiles)
+            raise UsageError(f"no rule of the guard policy lets a tool run in {profile!r}; there are {names}")
+        if profile not in self._runtimes:
+            raise SandboxUnavailableError(f"the sandbox {profile!r} is not running")
         return self._runtimes[profile]
+
+    def kill(self, call_id: str, why: str) -> None:
+        """End one call, whether it runs or waits."""
+        for runtime in list(self._runtimes.values()):
+            runtime.kill(call_id, why)
 
     def report_to(self, log: AuditLog) -> None:
         """From now on sandbox events go to this log; those that came before it was open go there first."""
@@ -52,7 +73,7 @@ class Cells:
 
     def kill_running(self) -> None:
         """End every call that runs now, in all of them."""
-        for runtime in self._runtimes.values():
+        for runtime in list(self._runtimes.values()):
             runtime.kill_running()
 
     def close(self) -> None:
@@ -70,11 +91,19 @@ class Cells:
 
 def cell_spec(profile: Profile) -> CellSpec:
     """What the sandbox is told of a profile."""
+    places = profile.egress.allow if profile.egress is not None else ()
     return CellSpec(
         image=profile.image,
         mode=profile.mode,
         runtime=profile.runtime,
+        privileges=profile.privileges,
         cells=profile.cells,
+        queue=profile.queue,
+        background=profile.background,
+        egress=tuple(
+            EgressRule(host=place.host, port=place.port, secret_headers=tuple(sorted(place.secret_headers.items())))
+            for place in places
+        ),
         preload=tuple(profile.preload),
         limits=profile.limits.to_limits(),
         calls_per_cell=profile.calls_per_cell,

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from loopguard.controller.tools import Tool
+from loopguard.controller.tools import Episode, Tool
 from loopguard.errors import MonitorError, UsageError
 from loopguard.snapshots import Promoted, writing
 from loopguard.state import signal_facts
@@ -60,6 +60,16 @@ class Cycle:
     def tool(self, name: str) -> Tool:
         """A tool of that name; whether a call of it runs is decided call by call."""
         return Tool(self._guard, self, name)
+
+    def episode(self, profile: str) -> Episode:
+        """A cell of this sandbox profile for one rollout: what a call writes is there for the next.
+
+        Close it, or use it as a context manager. Raises UsageError where no rule names that profile, LoopFrozen where
+        the loop is frozen, SandboxUnavailableError.
+        """
+        self._guard._state.raise_if_frozen()
+        calls = self._guard._episode(profile, cycle=self.number, closed=lambda: self.discarded)
+        return Episode(self._guard, self, calls)
 
     def admit(self, records: Sequence[Record], *, proposed: int | None = None) -> Admitted:
         """Let the data gate decide which drafts may be trained on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 from collections import defaultdict
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loopguard.audit import read
 from loopguard.audit.log import AuditLog
 from loopguard.controller import directory as directories
+from loopguard.controller.calls import Calls, EpisodeCalls
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.learner import Learner, LoopState, integration_for
@@ -68,6 +70,9 @@ class LoopGuard:
         self._log = log
         self._cells = cells
         self._pid = os.getpid()
+        self._turn = threading.RLock()
+        """Held while the run freezes, resumes or takes in a request: tool calls come from many threads."""
+        self._calls = Calls(self)
         self._tools = ToolGate(self.policy)
         self._data = DataGate(self.policy.data)
         self._updates_gate = UpdateGate(self.policy.updates, self.policy.freeze)
@@ -166,6 +171,7 @@ class LoopGuard:
         self._closed = True
         try:
             self._cells.close()
+            self._calls.close()
             if self._log.degraded:
                 self._state.freeze_unwritable("the audit log could not be written")
             else:
@@ -269,15 +275,25 @@ class LoopGuard:
     def _listen(self) -> None:
         """Take in a latch or a request from outside; every gate begins with this."""
         self._check_owner()
-        for request in self._state.requests():
-            if request.kind == "resume" and self._state.lifts(request):
-                self._resume(by=request.by, reason=request.reason)
-            elif request.kind == "freeze" and not self._state.freeze_id:
-                why = f"{request.by} asked for it: {request.reason}"
-                self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
-        if self._state.frozen and not self._state.freeze_id:
-            decision = Decision(result="freeze", gate="operator", rule="latch", reason="the latch was set from outside")
-            self._freeze(decision, cycle=None)
+        if not self._state.stirred():
+            return
+        with self._turn:
+            for request in self._state.requests():
+                if request.kind == "resume" and self._state.lifts(request):
+                    self._resume(by=request.by, reason=request.reason)
+                elif request.kind == "freeze" and not self._state.freeze_id:
+                    why = f"{request.by} asked for it: {request.reason}"
+                    self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
+            if self._state.frozen and not self._state.freeze_id:
+                why = "the latch was set from outside"
+                self._freeze(Decision(result="freeze", gate="operator", rule="latch", reason=why), cycle=None)
+
+    def _episode(self, profile: str, *, cycle: int | None, closed: Callable[[], bool] = lambda: False) -> EpisodeCalls:
+        """A cell of a sandbox profile until it is closed."""
+        self._listen()
+        if not self._state.frozen:
+            self._cells.start()
+        return EpisodeCalls(self._calls, profile, self._cells.of(profile).episode(), cycle=cycle, closed=closed)
 
     def _freeze(
         self,

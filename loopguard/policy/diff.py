@@ -29,15 +29,32 @@ Order = Literal[
     "neutral",  # says nothing about what may happen
 ]
 
-# A tuple lists values from the tightest to the loosest. `*` stands for the name of a tool, monitor or metric.
-_ORDER: dict[str, Order | tuple[str, ...]] = {
+Steps = tuple[tuple[object, ...], ...]
+"""Values from the tightest to the loosest; those in one step cannot be compared with each other."""
+
+# `*` stands for the name of a tool, monitor or metric.
+_ORDER: dict[str, Order | Steps] = {
     "name": "neutral",
     "description": "neutral",
     "tools.run.*.max_code_bytes": "smaller",
     "tools.run.*.refuse_patterns": "more",
-    "tools.run.*.cell.mode": ("fresh", "pooled"),
-    "tools.run.*.cell.runtime": ("runsc", "runc"),
+    # Tools in one profile meet in its cells, and in an episode in its files; in two, they have twice the cells.
+    "tools.run.*.shares_cells_with": "any",
+    # A fresh cell keeps nothing for anybody. A pooled one serves strangers in turn; an episode keeps files and, where
+    # it may, processes from call to call. Each lets something happen that the other does not.
+    "tools.run.*.cell.mode": (("fresh",), ("pooled", "episode")),
+    "tools.run.*.cell.runtime": (("runsc",), ("runc",)),
+    # Neither is tighter. `strict` takes root and every capability out of the cell, and with them the users that keep
+    # calls apart: a call can then signal PID 1 and whatever ran before it. A person has to weigh that, so either way
+    # counts as loosened.
+    "tools.run.*.cell.privileges": "any",
     "tools.run.*.cell.cells": "smaller",
+    # How many wait changes when a call runs and never what it may do.
+    "tools.run.*.cell.queue": "neutral",
+    "tools.run.*.cell.background": ((False,), (True,)),
+    # Places with their secret headers, each as one word: fewer places are tighter, and a place whose headers changed is
+    # another place.
+    "tools.run.*.cell.egress": "fewer",
     "tools.run.*.cell.preload": "fewer",
     "tools.run.*.cell.calls_per_cell": "smaller",
     "tools.run.*.cell.limits.wall_s": "smaller",
@@ -47,6 +64,9 @@ _ORDER: dict[str, Order | tuple[str, ...]] = {
     "tools.run.*.cell.limits.tmpfs_mib": "smaller",
     "tools.run.*.cell.limits.output_kib": "smaller",
     "tools.run.*.cell.limits.flood_mib": "smaller",
+    "tools.run.*.cell.limits.files": "smaller",
+    "tools.run.*.cell.limits.files_mib": "smaller",
+    "tools.run.*.cell.limits.files_depth": "smaller",
     "tools.freeze_above.refused_share": "smaller",
     "tools.freeze_above.contained_share": "smaller",
     "data.sources": "fewer",
@@ -70,12 +90,12 @@ _ORDER: dict[str, Order | tuple[str, ...]] = {
     "promotion.panel.*.max": "smaller",
     "promotion.panel.*.max_gain": "smaller",
     "promotion.panel.*.max_loss": "smaller",
-    "freeze.on_trip": ("freeze", "skip"),
+    "freeze.on_trip": (("freeze",), ("skip",)),
     "freeze.skip_at_most.updates": "smaller",
     "freeze.skip_at_most.per": "larger",
     # However a frozen loop ends, nothing goes on before a named person lets it.
     "freeze.when_frozen": "neutral",
-    "freeze.running_calls": ("kill", "drain"),
+    "freeze.running_calls": (("kill",), ("drain",)),
     "audit.reserve_mib": "larger",
 }
 
@@ -112,6 +132,9 @@ def changes(old: GuardPolicy, new: GuardPolicy) -> list[Change]:
     for tool in before["tools"]["run"].keys() ^ after["tools"]["run"].keys():
         before["tools"]["run"].pop(tool, None)
         after["tools"]["run"].pop(tool, None)
+    for run in (before["tools"]["run"], after["tools"]["run"]):
+        for judged in run.values():
+            judged["shares_cells_with"] = [other for other in judged["shares_cells_with"] if other in run]
     was, now = dict(_leaves(before)), dict(_leaves(after))
     for where in sorted(was.keys() | now.keys()):
         a, b = was.get(where), now.get(where)
@@ -130,16 +153,25 @@ def _tools(before: dict[str, Any], after: dict[str, Any]) -> Iterator[Change]:
 def _effective(policy: GuardPolicy) -> dict[str, Any]:
     """The policy by what it lets happen; entries of lists under their names."""
     said = policy.model_dump(mode="json")
+    for profile in said["sandbox"]["profiles"].values():
+        profile["egress"] = [_place(place) for place in (profile["egress"] or {"allow": ()})["allow"]]
+        # What the mode says already: one call, or as many as an episode has.
+        profile["calls_per_cell"] = {"fresh": 1, "episode": None}.get(profile["mode"], profile["calls_per_cell"])
+        limits = profile["limits"]
+        limits["files_mib"] = min(limits["files_mib"], limits["tmpfs_mib"])
     rules = said["tools"].pop("rules")
     denied = {rule["tool"] for rule in rules if rule["then"] == "deny"}
+    running = [rule for rule in rules if rule["then"] == "run" and rule["tool"] not in denied]
     said["tools"]["run"] = {
         rule["tool"]: {
             "max_code_bytes": rule["max_code_bytes"],
             "refuse_patterns": rule["refuse_patterns"],
+            "shares_cells_with": sorted(
+                other["tool"] for other in running if other["sandbox"] == rule["sandbox"] and other is not rule
+            ),
             "cell": said["sandbox"]["profiles"][rule["sandbox"]],
         }
-        for rule in rules
-        if rule["then"] == "run" and rule["tool"] not in denied
+        for rule in running
     }
     del said["sandbox"]
     monitors = said["updates"]["monitors"]
@@ -150,6 +182,12 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     return said
 
 
+def _place(place: dict[str, Any]) -> str:
+    """A place outside as one word, equal only where the same secrets go there."""
+    headers = [f"{header}=${variable}" for header, variable in sorted(place["secret_headers"].items())]
+    return " ".join([f"{place['host']}:{place['port']}", *headers])
+
+
 def _leaves(section: dict[str, Any], inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     for key, value in section.items():
         if isinstance(value, dict):
@@ -158,21 +196,21 @@ def _leaves(section: dict[str, Any], inside: tuple[str, ...] = ()) -> Iterator[t
             yield (*inside, key), value
 
 
-def _order(where: tuple[str, ...]) -> Order | tuple[str, ...]:
+def _order(where: tuple[str, ...]) -> Order | Steps:
     steps = (*where[:2], "*", *where[3:]) if where[:2] in _NAMED else where
     return _ORDER.get(".".join(steps), "any")
 
 
-def _direction(order: Order | tuple[str, ...], old: Any, new: Any) -> Direction:
+def _direction(order: Order | Steps, old: Any, new: Any) -> Direction:
     """Which way a value went; whatever is not clearly tighter is looser."""
     if order == "neutral" or (order in ("fewer", "more") and set(old) == set(new)):
         return "same"
     return "tightened" if _tighter(order, old, new) else "loosened"
 
 
-def _tighter(order: Order | tuple[str, ...], old: Any, new: Any) -> bool:
+def _tighter(order: Order | Steps, old: Any, new: Any) -> bool:
     if isinstance(order, tuple):
-        return order.index(new) < order.index(old)
+        return _step(order, new) < _step(order, old)
     if old is None or new is None:
         return old is None
     match order:
@@ -186,6 +224,10 @@ def _tighter(order: Order | tuple[str, ...], old: Any, new: Any) -> bool:
             return set(new) > set(old)
         case _:
             return False
+
+
+def _step(order: Steps, value: Any) -> int:
+    return next(i for i, step in enumerate(order) if value in step)
 
 
 def _shown(value: Any) -> str:

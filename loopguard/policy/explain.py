@@ -1,7 +1,7 @@
 """Say what is wrong with a policy in sentences: from pydantic's errors to findings with a place and a way out.
 
-Also the two lists of keys that people look for and that are not there: what a cell never has, and what no code
-enforces yet.
+Also what is said of keys that people look for and that are not there: of those that no cell ever has (`forbidden`), and
+of those that no code enforces yet.
 """
 
 from __future__ import annotations
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel
 
 from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_you_mean, dotted, nearest, shown
-from loopguard.policy.schema import CellLimits, GuardPolicy, Profile, Sandbox, ToolRule, Tools, missing_profiles
+from loopguard.policy.forbidden import wish
+from loopguard.policy.schema import (
+    CellLimits,
+    Egress,
+    EgressPlace,
+    GuardPolicy,
+    Profile,
+    Sandbox,
+    ToolRule,
+    Tools,
+    missing_profiles,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,28 +40,11 @@ MOST = 100
 Section = type[BaseModel]
 Placed = tuple["Spot", str]
 
-NEVER: dict[str, str] = {
-    **dict.fromkeys(("network", "network_mode", "networks", "net", "egress", "dns", "extra_hosts"), "a network"),
-    **dict.fromkeys(("ports", "publish", "expose", "links"), "a network"),
-    **dict.fromkeys(("privileged", "sudo", "no_new_privileges", "allow_privilege_escalation"), "privileges"),
-    **dict.fromkeys(("capabilities", "cap_add", "caps", "caps_add", "cap_drop", "caps_drop"), "capabilities"),
-    **dict.fromkeys(("binds", "bind", "volumes", "volume", "volumes_from", "mounts", "mount"), "files of the host"),
-    **dict.fromkeys(("docker_socket", "socket", "workdir", "working_dir"), "files of the host"),
-    **dict.fromkeys(("devices", "device", "gpus", "gpu", "device_requests"), "devices of the host"),
-    **dict.fromkeys(("user", "group_add", "root", "uid"), "another user than the one LoopGuard picks for each call"),
-    **dict.fromkeys(("pid", "pid_mode", "ipc", "ipc_mode", "uts", "uts_mode"), "namespaces of the host"),
-    **dict.fromkeys(("userns", "userns_mode", "cgroupns", "cgroup_parent"), "namespaces of the host"),
-    **dict.fromkeys(("seccomp", "apparmor", "security_opt", "sysctls"), "a security profile other than LoopGuard's"),
-    **dict.fromkeys(
-        ("read_only", "readonly", "read_only_rootfs", "writable"), "a root file system that can be written"
-    ),
-    **dict.fromkeys(("swap", "memory_swap", "memswap_limit", "oom_kill_disable"), "memory beyond their limit"),
-    **dict.fromkeys(("env", "environment", "env_file", "secrets"), "environment variables or secrets of the host"),
-    **dict.fromkeys(("entrypoint", "command", "init", "restart"), "another first process than LoopGuard's supervisor"),
-}
-"""Keys that are refused wherever cells and tools are described, and what a cell never has."""
-
-_ABOUT_CELLS: tuple[Section, ...] = (GuardPolicy, Tools, ToolRule, Sandbox, Profile, CellLimits)
+_ABOUT_CELLS: tuple[Section, ...] = (
+    *(GuardPolicy, Tools, ToolRule),
+    *(Sandbox, Profile, CellLimits, Egress, EgressPlace),
+)
+"""Sections where a key that no cell ever has is such a wish, rather than an unknown word."""
 
 NOT_YET: dict[Where, frozenset[str]] = {
     (): frozenset({"anchors", "approvals", "backtest", "budgets", "capabilities", "defaults", "extends", "override"})
@@ -70,6 +64,7 @@ _TYPES = {
     "string": "text",
     "int": "a whole number",
     "float": "a number",
+    "bool": "true or false",
     "tuple": "a list",
     "dict": "a mapping",
     "model": "a mapping",
@@ -177,8 +172,13 @@ def _hint(value: Any, expected: str, *, quoted: bool) -> str:
 def _unknown_key(where: Where, source: Source) -> Placed:
     spot, parent, key = source.spots[where], where[:-1], str(where[-1])
     key_spot = type(spot)(spot.key_line, spot.key_column, spot.key_line, spot.key_column)
+    section = _section(parent, source)
+    if section in _ABOUT_CELLS and not _is_not_yet(key, parent) and (wished := wish(key)):
+        # Only among the limits is such a key more likely a slip (pid for pids) than a wish.
+        slip = did_you_mean(key, _keys(section)) if section is CellLimits else ""
+        return key_spot, f"{dotted(where)}: {wished.sentence(_value(where, source))}{slip}"
     prefix = f"{dotted(parent)}: " if parent else ""
-    return key_spot, f"{prefix}{_about_key(key, parent, _section(parent, source))}"
+    return key_spot, f"{prefix}{_about_key(key, parent, section)}"
 
 
 def _misspelt(where: Where, source: Source) -> bool:
@@ -189,20 +189,23 @@ def _misspelt(where: Where, source: Source) -> bool:
 
 
 def _about_key(key: str, parent: Where, section: Section | None) -> str:
-    names = tuple(step for step in parent if isinstance(step, str))
-    if key in NOT_YET.get(names, ()):
-        return f"no code enforces {'.'.join((*names, key))!r} yet; take it out"
+    if _is_not_yet(key, parent):
+        return f"no code enforces {'.'.join((*_names(parent), key))!r} yet; take it out"
     known = _keys(section)
     near = did_you_mean(key, known)
-    if key in NEVER and section in _ABOUT_CELLS:
-        # Only among the limits is such a key more likely a slip (pid for pids) than a wish.
-        slip = near if section is CellLimits else ""
-        return f"{key!r} is refused: LoopGuard cells never have {NEVER[key]}; there is no switch for it{slip}"
     if homes := sorted({home for home in _homes(GuardPolicy) if home.rpartition(".")[2] == key}):
         return f"unknown key {key!r} here; it belongs at {' or '.join(homes)}, so check the indentation"
     if near:
         return f"unknown key {key!r}{near}"
     return f"unknown key {key!r}; expected one of {', '.join(known)}"
+
+
+def _is_not_yet(key: str, parent: Where) -> bool:
+    return key in NOT_YET.get(_names(parent), ())
+
+
+def _names(where: Where) -> tuple[str, ...]:
+    return tuple(step for step in where if isinstance(step, str))
 
 
 def _misspelt_profiles(source: Source) -> Iterator[Placed]:

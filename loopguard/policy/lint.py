@@ -9,11 +9,13 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from loopguard.policy.hosts import near
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loopguard.policy.findings import Where
-    from loopguard.policy.schema import BoundsRule, GuardPolicy, PanelMetric, Profile, Tools, Updates
+    from loopguard.policy.schema import BoundsRule, Egress, GuardPolicy, PanelMetric, Profile, Tools, Updates
 
 Lint = tuple["Where", str]
 
@@ -30,6 +32,8 @@ def lints(policy: GuardPolicy) -> Iterator[Lint]:
         if name not in used:
             yield where, f"no rule uses the sandbox profile {name!r}; take it out, or name it in a rule"
         yield from _profile(profile, where)
+        if profile.egress is not None:
+            yield from _egress(profile.egress, (*where, "egress"), watched=policy.tools.freeze_above is not None)
     if "model" in policy.data.sources and policy.data.max_own_share == 1:
         yield ("data", "max_own_share"), "data.max_own_share is 1, so nothing caps what the model writes for itself"
     yield from _updates(policy.updates)
@@ -67,6 +71,32 @@ def _profile(profile: Profile, where: Where) -> Iterator[Lint]:
     if limits.flood_mib * 1024 < limits.output_kib:
         message = f"a flood ends the call at {limits.flood_mib} MiB, before output ({limits.output_kib} KiB) is reached"
         yield (*where, "limits", "flood"), message
+    if "files_mib" in limits.model_fields_set and 2 * limits.files_mib > limits.tmpfs_mib:
+        half_mib = limits.tmpfs_mib // 2
+        message = f"{limits.files_mib} MiB of files do not fit into the folder of a call: half of tmpfs, {half_mib} MiB"
+        yield (*where, "limits", "files_size"), message
+    if profile.background:
+        message = (
+            "what a call starts in the background outlives its wall limit, and only the end of the episode stops it"
+        )
+        yield (*where, "background"), message
+
+
+def _egress(egress: Egress, where: Where, *, watched: bool) -> Iterator[Lint]:
+    if not watched:
+        message = "calls reach places outside, and tools has no freeze_above that stops a model which tries for more"
+        yield where, message
+    for i, place in enumerate(egress.allow):
+        here: Where = (*where, "allow", i)
+        if near(place.host):
+            message = f"{place.host} leads into a network of your own, if anywhere, and the proxy only to public addresses"
+            yield (*here, "host"), message
+        if place.secret_headers:
+            names = ", ".join(sorted(set(place.secret_headers.values())))
+            message = (
+                f"calls cannot read {names}, yet act with it at {place.host}; let it stand for as little as can be"
+            )
+            yield (*here, "secret_headers"), message
 
 
 def _updates(updates: Updates) -> Iterator[Lint]:

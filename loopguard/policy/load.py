@@ -9,7 +9,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -20,7 +20,7 @@ from loopguard.policy.lint import lints
 from loopguard.policy.schema import GuardPolicy
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +88,40 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (finding.line or 0, finding.column or 0))
 
 
+# Keys that this format learned later, with what LoopGuard did before it knew them. `canonical` leaves a key out where
+# it says just that, so that a file without new keys keeps the digest it had, and with it its run directory. No two
+# policies that differ come out the same: a key is left out for one value alone. That value is written here rather than
+# looked up as the default, so that a default which changes one day does change the digest. Hence no line here is ever
+# changed or taken away, and each new key gets one.
+_LATER: dict[tuple[str, ...], dict[str, Any]] = {
+    ("sandbox", "profiles", "*"): {"privileges": "multi", "queue": 1000, "background": False, "egress": None},
+    ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
+}
+
+
 def digest(policy: GuardPolicy) -> str:
-    """SHA-256 of the policy as canonical JSON: keys sorted, defaults filled in, units resolved."""
+    """SHA-256 of the policy as canonical JSON: keys sorted, defaults filled in, units resolved. See `_LATER`."""
     return hashlib.sha256(canonical(policy).encode("utf-8")).hexdigest()
 
 
 def canonical(policy: GuardPolicy) -> str:
     """The effective policy as JSON text with one spelling."""
-    return json.dumps(
-        policy.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
-    )
+    said = policy.model_dump(mode="json")
+    for way, before in _LATER.items():
+        for section in _sections(said, way):
+            for key, value in before.items():
+                if section[key] == value:
+                    del section[key]
+    return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _sections(section: dict[str, Any], way: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The sections at the end of a way, where `*` stands for every name."""
+    if not way:
+        yield section
+        return
+    for key in list(section) if way[0] == "*" else [way[0]]:
+        yield from _sections(section[key], way[1:])
 
 
 def shipped(name: str) -> Path:

@@ -3,7 +3,8 @@
 A model that exists is valid in itself and as a whole, however it was made: whatever one key asks of another is checked
 by `problems` of the section that holds both. Field descriptions are what a person reads when a required key is missing.
 
-There is no key for a network, privileges, host files or another user, and none may be added: a cell never has them.
+There is no key for a network, host files, devices, capabilities or another user, and none may be added: a cell never
+has them. `forbidden.py` says so to those who write one. What `egress` names is reached through a proxy, not a network.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from loopguard.policy import units
 from loopguard.policy.findings import PlacedProblemsError, Where, did_you_mean, shown
+from loopguard.policy.forbidden import runtime_fault
+from loopguard.policy.hosts import host_fault
 from loopguard.types import Limits
 
 if TYPE_CHECKING:
@@ -69,6 +72,57 @@ def name(pattern: str, kind: str, example: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
+def outside() -> BeforeValidator:
+    """The exact name of a host that calls may reach."""
+
+    def read(written: object) -> object:
+        if fault := host_fault(written):
+            raise ValueError(fault)
+        return written
+
+    return BeforeValidator(read)
+
+
+def secret_name() -> BeforeValidator:
+    """The name of an environment variable. What was written instead may be the secret, so no message repeats it."""
+
+    def read(written: object) -> object:
+        if not isinstance(written, str) or not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,127}", written, re.ASCII):
+            tail = "such as API_KEY; the secret itself never stands in a policy"
+            raise ValueError(f"is not the name of an environment variable, {tail}")
+        if re.fullmatch(r"(AKIA|ASIA)[A-Z0-9]{16}", written):
+            raise ValueError("looks like a key; write the name of the environment variable that holds it")
+        return written
+
+    return BeforeValidator(read)
+
+
+def secret_names() -> BeforeValidator:
+    """Headers with the names of environment variables; a text in their place may be the secret, too."""
+
+    def read(written: object) -> object:
+        if not isinstance(written, dict):
+            raise ValueError("is not a mapping; expected one such as {Authorization: API_KEY}")
+        return written
+
+    return BeforeValidator(read)
+
+
+def known_runtime() -> BeforeValidator:
+    """One of the runtimes of which it is known what they hold."""
+
+    def read(written: object) -> object:
+        if isinstance(written, str) and written not in ("runc", "runsc"):
+            raise ValueError(runtime_fault(written))
+        return written
+
+    return BeforeValidator(read)
+
+
+_CARRIES = re.compile(
+    r"host|content-length|transfer-encoding|connection|proxy-.*|keep-alive|te|trailer|upgrade|http2-settings"
+)
+"""Headers, in small letters and with dashes, that decide where a message goes and where it ends."""
 _IDENTIFIER = r"[a-z0-9][a-z0-9_-]{0,63}"
 Identifier = Annotated[str, name(_IDENTIFIER, "up to 64 small letters, digits, '-' and '_'", "'offline'")]
 PolicyName = Annotated[
@@ -175,6 +229,15 @@ class CellLimits(Section):
     tmpfs_mib: Annotated[int, size("MiB", "1MiB", "1024GiB")] = Field(default=64, alias="tmpfs")
     output_kib: Annotated[int, size("KiB", "1KiB", "64MiB")] = Field(default=64, alias="output")
     flood_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=16, alias="flood")
+    files: Annotated[int, Field(ge=1, le=10_000)] = 64
+    files_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=8, alias="files_size")
+    files_depth: Annotated[int, Field(ge=1, le=64)] = 8
+
+    def problems(self) -> Iterator[Problem]:
+        """Files lie in the tmpfs. A default that does not fit is cut by `to_limits`; what was written is a mistake."""
+        if "files_mib" in self.model_fields_set and self.files_mib > self.tmpfs_mib:
+            tail = f"more than the {self.tmpfs_mib} MiB of tmpfs that files lie in; make tmpfs larger, or this smaller"
+            yield ("files_size",), f"is {self.files_mib} MiB, {tail}"
 
     def to_limits(self) -> Limits:
         """The same limits as the sandbox takes them."""
@@ -186,25 +249,79 @@ class CellLimits(Section):
             tmpfs_mib=self.tmpfs_mib,
             output_kib=self.output_kib,
             flood_mib=self.flood_mib,
+            files=self.files,
+            files_mib=min(self.files_mib, self.tmpfs_mib),
+            files_depth=self.files_depth,
         )
+
+
+class EgressPlace(Section):
+    """One place outside that calls may reach through the proxy."""
+
+    host: Annotated[str, outside()] = Field(description="the exact name of the host")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(description="the port, such as 443")
+    secret_headers: Annotated[dict[str, Annotated[str, secret_name()]], Field(max_length=16), secret_names()] = Field(
+        default_factory=dict
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        """A header is one by its name, is there once, and says nothing about how a message is carried."""
+        seen: dict[str, str] = {}
+        for header in self.secret_headers:
+            where: Where = ("secret_headers", header)
+            # Many servers take X_Key for X-Key, so we do as well.
+            same = header.lower().replace("_", "-")
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64}", header, re.ASCII):
+                # Not repeated: who writes a header where its name belongs has written the secret, too.
+                yield ("secret_headers",), "has a key that is no name of a header; expected one such as Authorization"
+            elif _CARRIES.fullmatch(same):
+                yield where, "says how a message is carried, which is the proxy's alone to say; take it out"
+            elif same in seen:
+                yield where, f"is there as {seen[same]!r}, too, which servers take for the same header; keep one"
+            seen.setdefault(same, header)
+
+
+class Egress(Section):
+    """What calls may reach outside. They have no network: what is not listed here cannot even be asked for."""
+
+    allow: tuple[EgressPlace, ...] = Field(max_length=100, description="the places that calls may reach")
+
+    def problems(self) -> Iterator[Problem]:
+        """Something is listed, and each place once."""
+        if not self.allow:
+            yield ("allow",), "is empty, which is what no egress at all means; take egress out"
+        for i in _repeats([(place.host, place.port) for place in self.allow]):
+            place = self.allow[i]
+            yield ("allow", i), f"is {place.host}:{place.port} for a second time; keep one of the two"
 
 
 class Profile(Section):
     """A kind of cell that rules can send calls to."""
 
     image: Image = Field(description="the image that cells start from, with its tag or digest")
-    mode: Literal["fresh", "pooled"] = "pooled"
-    runtime: Literal["runc", "runsc"] = "runc"
+    mode: Literal["fresh", "pooled", "episode"] = "pooled"
+    runtime: Annotated[Literal["runc", "runsc"], known_runtime()] = "runc"
+    privileges: Literal["multi", "strict"] = "multi"
     cells: Annotated[int, Field(ge=1, le=1024)] = 2
+    queue: Annotated[int, Field(ge=0, le=100_000)] = 1000
+    background: bool = False
+    egress: Egress | None = None
     preload: Annotated[tuple[Module, ...], Field(max_length=100)] = ()
     calls_per_cell: Annotated[int, Field(ge=1, le=50_000)] = 500
     limits: CellLimits = CellLimits()
 
     def problems(self) -> Iterator[Problem]:
-        """Modules are named once; a cell that serves one call has no number of calls."""
+        """Modules are named once, and no key asks for what the mode or the runtime of the cell does not have."""
         yield from _twice(self.preload, ("preload",))
-        if self.mode == "fresh" and "calls_per_cell" in self.model_fields_set:
-            yield ("calls_per_cell",), "has no meaning with `mode: fresh`, which takes a new cell for each call"
+        if self.mode != "pooled" and "calls_per_cell" in self.model_fields_set:
+            why = {"fresh": "a new cell for each call", "episode": "one cell for each episode, however many its calls"}
+            yield ("calls_per_cell",), f"has no meaning with `mode: {self.mode}`, which takes {why[self.mode]}"
+        if self.background and self.mode != "episode":
+            tail = "which ends whatever a call left running; take it out, or write `mode: episode`"
+            yield ("background",), f"is true, but has no meaning with `mode: {self.mode}`, {tail}"
+        if self.privileges == "strict" and self.runtime == "runsc":
+            tail = "under runsc a call of the same user can end PID 1, the supervisor; use runc, or privileges: multi"
+            yield ("privileges",), f"is 'strict', which does not hold with `runtime: runsc`: {tail}"
 
 
 class Sandbox(Section):

@@ -14,15 +14,18 @@ from loopguard.sandbox import owner
 
 def reap() -> list[str]:
     """Remove what dead owners left; gives the names. Raises SandboxUnavailableError where no engine answers."""
-    from loopguard.sandbox.docker import DEADLINE, OWNER, containers, remove
+    from loopguard.sandbox.docker import DEADLINE, OWNER
+    from loopguard.sandbox.engine import Engine
 
     removed = []
-    for container in containers():
-        labels = container.get("Labels") or {}
-        if is_orphan(labels.get(OWNER, ""), labels.get(DEADLINE, ""), now_s=time.time()) and remove(container["Id"]):
-            # An engine that is taking a container down already has no name for it.
-            names = container.get("Names") or [container["Id"][:12]]
-            removed.append(str(names[0]).lstrip("/"))
+    with Engine() as engine:
+        for container in engine.containers(OWNER):
+            labels = container.get("Labels") or {}
+            orphan = is_orphan(labels.get(OWNER, ""), labels.get(DEADLINE, ""), now_s=time.time())
+            if orphan and engine.remove(container["Id"]):
+                # An engine that is taking a container down already has no name for it.
+                names = container.get("Names") or [container["Id"][:12]]
+                removed.append(str(names[0]).lstrip("/"))
     return removed
 
 

@@ -2,7 +2,7 @@
 
 A frame is: magic "LG", type, header length, payload length, a JSON header, the payload. The engine wraps what comes out
 of the container once more, in packets that say which stream they are of. Any unexpected byte is an error, and the cell
-is destroyed: a stream that cannot be understood cannot be trusted again.
+is destroyed: a stream that cannot be understood cannot be trusted again. `docs/wire-protocol.md` lists the frames.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import select
 import socket
 import struct
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,16 +21,24 @@ from loopguard.errors import SandboxError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+PROTOCOL = 2
+"""Which frames both sides speak; the supervisor of an image says which ones it does."""
+
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
-MAX_HEADER = 1 << 16
-MAX_PAYLOAD = 160 << 20
-"""Both streams of a call, with the most that a guard policy lets be kept of each (64 MiB)."""
+OPEN, DATA, SHUT, ACK = 5, 6, 7, 8
+TUNNEL = frozenset({OPEN, DATA, SHUT, ACK})
+"""Frames of connections that lead out of a cell, where the guard policy has any."""
+
+MAX_HEADER = 4 << 20
+MAX_PAYLOAD = 1 << 32
+"""What the length in a frame can say. A channel takes far less: see `Channel`."""
 
 _FRAME = struct.Struct(">2sBxII")
 _PACKET = struct.Struct(">BxxxI")
 _MAGIC = b"LG"
 _STDOUT, _STDERR = 1, 2
 _KEPT_STDERR = 2000
+_PART = 1 << 18
 
 
 class ProtocolError(SandboxError):
@@ -49,8 +58,28 @@ class Connection(Protocol):
 
     def settimeout(self, timeout: float | None, /) -> None: ...  # noqa: D102 - as in `socket`
     def recv(self, size: int, /) -> bytes: ...  # noqa: D102
-    def sendall(self, data: bytes, /) -> None: ...  # noqa: D102
+    def sendall(self, data: bytes | memoryview, /) -> None: ...  # noqa: D102
     def fileno(self) -> int: ...  # noqa: D102
+
+
+class Meanwhile(Protocol):
+    """What else happens while a result is waited for: connections that lead out of the cell."""
+
+    def take(self, kind: int, header: Mapping[str, Any], payload: bytes) -> None:
+        """A frame of a tunnel."""
+        ...
+
+    def descriptors(self) -> tuple[list[int], list[int]]:
+        """What to wait for: to be readable, to be writable."""
+        ...
+
+    def ready(self, readable: Collection[int], writable: Collection[int]) -> None:
+        """Do what can be done without waiting."""
+        ...
+
+    def next_deadline(self) -> float | None:
+        """When to be asked again at the latest, on the monotonic clock."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,38 +92,82 @@ class Frame:
 
 
 def encode(kind: int, header: Mapping[str, Any], payload: bytes = b"") -> bytes:
-    """The bytes of a frame. Raises ProtocolError where header or payload are too long for one."""
+    """The bytes of a frame."""
+    return head(kind, header, len(payload)) + payload
+
+
+def head(kind: int, header: Mapping[str, Any], payload_bytes: int) -> bytes:
+    """A frame up to its payload. Raises ProtocolError where header or payload are too long for one."""
     text = json.dumps(header, separators=(",", ":")).encode()
-    if len(text) > MAX_HEADER or len(payload) > MAX_PAYLOAD:
-        raise ProtocolError(f"a frame holds {MAX_PAYLOAD >> 20} MiB at most, not {len(payload) / 2**20:.1f}")
-    return _FRAME.pack(_MAGIC, kind, len(text), len(payload)) + text + payload
+    if len(text) > MAX_HEADER or payload_bytes >= MAX_PAYLOAD:
+        raise ProtocolError(f"a frame has no room for {len(text)} and {payload_bytes} bytes")
+    return _FRAME.pack(_MAGIC, kind, len(text), payload_bytes) + text
 
 
 class Channel:
-    """One cell's stream, seen from the controller. Used by one thread at a time."""
+    """One cell's stream, seen from the controller. Used by one thread at a time.
 
-    def __init__(self, connection: Connection) -> None:
+    `most` is the largest payload that a cell of this kind can have a reason to send; a longer one is a broken cell.
+    """
+
+    def __init__(self, connection: Connection, *, most: int = 160 << 20) -> None:
         self._connection = connection
+        self._most = most
         self._in = bytearray()
         self._out = bytearray()
         self._err = bytearray()
         self._deadline = 0.0
+        self._meanwhile: Meanwhile | None = None
 
-    def send(self, kind: int, header: Mapping[str, Any], payload: bytes = b"", *, timeout_s: float) -> None:
+    def send(self, kind: int, header: Mapping[str, Any], *payload: bytes, timeout_s: float) -> None:
         """Send a frame. Raises LostError where the stream is gone; success does not mean that anybody lives."""
+        start = head(kind, header, sum(map(len, payload)))
         self._connection.settimeout(timeout_s)
         try:
-            self._connection.sendall(encode(kind, header, payload))
+            if sum(map(len, payload)) < _PART:
+                self._connection.sendall(b"".join((start, *payload)))
+                return
+            self._connection.sendall(start)
+            for part in payload:
+                self._connection.sendall(part)
+        except TimeoutError:
+            raise
         except OSError as error:
             raise LostError(str(error)) from error
 
-    def receive(self, kind: int, *, timeout_s: float) -> Frame:
-        """The next frame, which must be of this kind. Raises TimeoutError, LostError, ProtocolError."""
+    def receive(self, kind: int, *, timeout_s: float, meanwhile: Meanwhile | None = None) -> Frame:
+        """The next frame, which must be of this kind. Raises TimeoutError, LostError, ProtocolError.
+
+        With `meanwhile`, frames of tunnels may come before it, and the tunnels are served while it is waited for.
+        """
         self._deadline = time.monotonic() + timeout_s
+        self._meanwhile = meanwhile
+        try:
+            while True:
+                frame = self._next({kind} if meanwhile is None else {kind, *TUNNEL})
+                if frame.kind == kind or meanwhile is None:
+                    return frame
+                meanwhile.take(frame.kind, frame.header, frame.payload)
+        finally:
+            self._meanwhile = None
+
+    def waiting(self) -> bool:
+        """Whether there is something to read, or the end of the stream."""
+        if self._in or self._out:
+            return True
+        descriptor = self._connection.fileno()
+        if descriptor < 0:
+            return True
+        look = select.poll()
+        look.register(descriptor, select.POLLIN)
+        return bool(look.poll(0))
+
+    def _next(self, kinds: Collection[int]) -> Frame:
         self._fill(_FRAME.size)
         magic, found, header_length, payload_length = _FRAME.unpack_from(self._out)
-        if magic != _MAGIC or found != kind or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
-            raise ProtocolError(f"expected a frame of type {kind}, got {bytes(self._out[: _FRAME.size])!r}")
+        if magic != _MAGIC or found not in kinds or header_length > MAX_HEADER or payload_length > self._most:
+            expected = "/".join(map(str, sorted(kinds)))
+            raise ProtocolError(f"expected a frame of type {expected}, got {bytes(self._out[: _FRAME.size])!r}")
         end = _FRAME.size + header_length + payload_length
         self._fill(end)
         try:
@@ -107,20 +180,11 @@ class Channel:
         del self._out[:end]
         return Frame(found, header, payload)
 
-    def quiet(self) -> bool:
-        """Whether nothing is to be read: neither bytes that nobody asked for, nor the end of the stream."""
-        descriptor = self._connection.fileno()
-        if self._in or self._out or descriptor < 0:
-            return False
-        look = select.poll()
-        look.register(descriptor, select.POLLIN)
-        return not look.poll(0)
-
     def _fill(self, length: int) -> None:
         while len(self._out) < length:
             self._need(_PACKET.size)
             stream, size = _PACKET.unpack_from(self._in)
-            if stream not in {_STDOUT, _STDERR} or size > MAX_PAYLOAD:
+            if stream not in {_STDOUT, _STDERR} or size > self._most + MAX_HEADER:
                 raise ProtocolError(f"the engine sent a packet of stream {stream} and {size} bytes")
             self._need(_PACKET.size + size)
             data = self._in[_PACKET.size : _PACKET.size + size]
@@ -135,9 +199,11 @@ class Channel:
             left = self._deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError
+            if self._meanwhile is not None and not self._serve(self._meanwhile, left):
+                continue
             self._connection.settimeout(left)
             try:
-                part = self._connection.recv(1 << 18)
+                part = self._connection.recv(_PART)
             except TimeoutError:
                 raise
             except OSError as error:
@@ -145,6 +211,27 @@ class Channel:
             if not part:
                 raise LostError(self._err.decode("utf-8", errors="replace").strip())
             self._in += part
+
+    def _serve(self, meanwhile: Meanwhile, left_s: float) -> bool:
+        """Wait for the cell and for its tunnels, and serve those; whether the cell has said something."""
+        if (deadline := meanwhile.next_deadline()) is not None:
+            left_s = min(left_s, max(deadline - time.monotonic(), 0))
+        reading, writing = meanwhile.descriptors()
+        own = self._connection.fileno()
+        if own < 0:
+            raise LostError
+        wanted = dict.fromkeys((own, *reading), select.POLLIN)
+        for descriptor in writing:
+            wanted[descriptor] = wanted.get(descriptor, 0) | select.POLLOUT
+        look = select.poll()
+        for descriptor, events in wanted.items():
+            look.register(descriptor, events)
+        found = dict(look.poll(left_s * 1000 + 1))
+        # An error or a hang-up is told to whoever asked for anything.
+        ended = select.POLLERR | select.POLLHUP | select.POLLNVAL
+        readable = [each for each in reading if found.get(each, 0) & (select.POLLIN | ended)]
+        meanwhile.ready(readable, [each for each in writing if found.get(each, 0) & (select.POLLOUT | ended)])
+        return own in found
 
 
 def shut(connection: socket.socket) -> None:

@@ -2,14 +2,19 @@
 
 Standard library only; it is baked into the image and never shares a process with user code. It holds no secret.
 
-    PID 1 (this file, root with nothing but SETUID and SETGID)
+    PID 1 (this file; root with nothing but SETUID and SETGID, or in a strict cell nobody with nothing at all)
       zygote (this file again, with --zygote: imports what the policy preloads, then only forks)
-        one child per call, under a user id that was never used before in this cell
+        one process per call, under a user id that was never used before in this cell; it is forked and made ready
+        before its call arrives, so that nobody waits for a fork
       janitor (a fork of PID 1 that becomes that user id and deletes what it wrote)
 
 Frames on standard input and output: magic "LG", type, header length, payload length, JSON header, payload. The result
-of a call is sent before the cell is cleaned, and a second frame says whether it came out clean. When standard input
-ends, the controller is gone, and the cell ends with it.
+of a call is sent before the cell is cleaned, and a second frame says whether it came out clean. `docs/wire-protocol.md`
+describes them all. When standard input ends, the controller is gone, and the cell ends with it; so it does when it
+hears nothing for long, and when it is old.
+
+Where PID 1 can no longer know what happened (its zygote died, a frame makes no sense) it ends. The controller then sees
+the end of the stream, and never a result.
 """
 
 import array
@@ -17,25 +22,31 @@ import contextlib
 import ctypes
 import errno
 import fcntl
-import functools
+import gc
+import importlib.util
 import json
 import os
 import resource
 import select
-import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import time
 
+PROTOCOL = 2
 HEAD = struct.Struct(">2sBxII")
 MAGIC = b"LG"
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
-MAX_HEADER, MAX_PAYLOAD = 1 << 16, 160 << 20  # both streams with the most that a policy lets be kept
+MAX_HEADER = 4 << 20
+PART = 1 << 18
+STARTED, ENDED = 1, 2
+NEWS = struct.Struct(">Bii")  # of the zygote: a call started (its pid), a call ended (its status, or why no fork)
+HERE = os.path.dirname(os.path.abspath(__file__))
 WRITABLE = ("/job", "/tmp", "/dev/shm")
 PLACE = "/job/call"  # the same for every call: a traceback must not tell calls apart
-CODE = {"python": "main.py", "sh": "main.sh"}
+PROXY = "http://127.0.0.1:8118"
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
     "HOME": PLACE,
@@ -46,13 +57,15 @@ ENVIRONMENT = {
     # A set of strings has the same order in every cell, so that a loop can be repeated.
     "PYTHONHASHSEED": "0",
 }
-# Imported before a call as well: what most snippets begin with, at the price of a few hundred kilobytes.
-USUAL = ("collections", "datetime", "functools", "itertools", "json", "math", "random", "re", "string")
-UID_SPAN = 60_000
+OPEN_FILES = 256
 CLEAN_S = 2.0
+FETCH_S = 5.0
 JANITOR_S = 5
+DEPTH = 100
+TABLE_BYTES = 1 << 20
 UNCATCHABLE = {signal.SIGKILL, signal.SIGSTOP}
 PR_SET_DUMPABLE = 4
+BAD_FRAME, ZYGOTE_DIED = 70, 72
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -63,53 +76,108 @@ def set_dumpable(value):
 
 
 def become(uid):
-    os.setgroups([])
-    os.setresgid(uid, uid, uid)
-    os.setresuid(uid, uid, uid)
+    if os.getuid() != uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
 
 
-# --- what the kernel counted ----------------------------------------------------------------------
+def languages():
+    """What a call can be written in: one module for each file beside this one, by its name."""
+    found = {}
+    for file in sorted(os.listdir(f"{HERE}/languages")):
+        name, end = os.path.splitext(file)
+        if end == ".py":
+            spec = importlib.util.spec_from_file_location(f"language_{name}", f"{HERE}/languages/{file}")
+            found[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(found[name])
+    return found
 
-COUNTERS = {  # name: places, version 2 of control groups first, then version 1, as (file, key)
+
+# --- what the kernel says -------------------------------------------------------------------------
+
+GROUP = "/sys/fs/cgroup/"
+# Name: where it is in version 2 of control groups and then in version 1, and the key of its line where there are many.
+FACTS = {
     "oom": (("memory.events", "oom_kill"), ("memory/memory.oom_control", "oom_kill")),
     "pids": (("pids.events", "max"), ("pids/pids.events", "max")),
+    "tasks": (("pids.current", None), ("pids/pids.current", None)),
+    "memory_limit": (("memory.max", None), ("memory/memory.limit_in_bytes", None)),
+    "pids_limit": (("pids.max", None), ("pids/pids.max", None)),
 }
 
 
-class Counter:
-    """A counter of this cell's control group; it reads as None where there is none (gVisor)."""
+class Gauge:
+    """One number that the kernel keeps about this cell; None where it keeps none (gVisor)."""
 
-    def __init__(self, places):
-        self.file, self.key = None, b""
-        for file, key in places:
+    def __init__(self, name):
+        self.descriptor = self.key = None
+        for file, key in FACTS[name]:
             with contextlib.suppress(OSError):
                 # Held open: opening it anew for each call costs more than reading it.
-                self.file, self.key = os.open("/sys/fs/cgroup/" + file, os.O_RDONLY | os.O_CLOEXEC), key.encode()
+                self.descriptor, self.key = os.open(GROUP + file, os.O_RDONLY | os.O_CLOEXEC), key
                 return
 
     def read(self):
-        if self.file is None:
+        if self.descriptor is None:
             return None
-        for line in os.pread(self.file, 4096, 0).splitlines():
-            name, _, value = line.partition(b" ")
-            if name == self.key:
-                return int(value)
+        for line in os.pread(self.descriptor, 4096, 0).decode().splitlines():
+            name, _, value = line.rpartition(" ")
+            if self.key is None or name == self.key:
+                return int(value) if value.isdigit() else None
         return None
 
 
 def disk_is_full():
     for mount in WRITABLE:
-        stat = os.statvfs(mount)
+        room = os.statvfs(mount)
         # gVisor counts no files at all: none free of none is not full.
-        if stat.f_bavail == 0 or (stat.f_files and stat.f_favail == 0):
+        if room.f_bavail == 0 or (room.f_files and room.f_favail == 0):
             return True
     return False
+
+
+def interfaces():
+    try:
+        return sorted(os.listdir("/sys/class/net"))
+    except OSError:
+        return None
+
+
+def about_this_cell():
+    """What the kernel really applied, for the controller to compare with what was asked of the engine."""
+    with open("/proc/self/status") as file:
+        status = dict(line.split(":\t", 1) for line in file.read().splitlines() if ":\t" in line)
+    mounts = {}
+    for mount in WRITABLE:
+        found, room = os.stat(mount), os.statvfs(mount)
+        mounts[mount] = {
+            "mode": oct(stat.S_IMODE(found.st_mode)),
+            "bytes": room.f_blocks * room.f_frsize,
+            "files": room.f_files,
+            "nosuid": bool(room.f_flag & os.ST_NOSUID),
+            "nodev": bool(room.f_flag & os.ST_NODEV),
+            "own": found.st_dev != os.stat("/").st_dev,
+        }
+    return {
+        "user": os.getuid(),
+        "no_new_privs": status.get("NoNewPrivs"),
+        "seccomp": status.get("Seccomp"),
+        "capabilities": status.get("CapBnd"),
+        "effective": status.get("CapEff"),
+        "read_only": bool(os.statvfs("/").f_flag & os.ST_RDONLY),
+        "interfaces": interfaces(),
+        "memory": Gauge("memory_limit").read(),
+        "pids": Gauge("pids_limit").read(),
+        "mounts": mounts,
+    }
 
 
 # --- the zygote and the process of a call ---------------------------------------------------------
 
 
-def zygote(channel, preload):
+def zygote(channel, options):
+    known = languages()
     for number in signal.valid_signals() - UNCATCHABLE:
         signal.signal(number, signal.SIG_DFL)
     # As Python itself has them; a call inherits them.
@@ -118,153 +186,218 @@ def zygote(channel, preload):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
-    for module in (*USUAL, *preload):
+    if options["egress"]:
+        os.environ.update(dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY))
+    for module in options["preload"]:
         try:
             __import__(module)
         except BaseException as error:
             channel.send(f"module {module} cannot be preloaded: {error!r}"[:500].encode())
             os._exit(1)
-    import atexit
-    import gc
-    import linecache
-    import threading
-    import traceback
-    import types
-
-    tools = (atexit, linecache, threading, traceback, types)
-    rehearse()
+    for language in known.values():
+        getattr(language, "warm", lambda: None)()
     gc.collect()
     gc.freeze()
     channel.send(b"ready")
     while True:
-        message, ancillary, _, _ = channel.recvmsg(4096, socket.CMSG_SPACE(16))
+        message, ancillary, _, _ = channel.recvmsg(64, socket.CMSG_SPACE(5 * 4))
         if not message:
             os._exit(0)
         descriptors = array.array("i")
-        descriptors.frombytes(ancillary[0][2][:16])
+        descriptors.frombytes(ancillary[0][2][: 5 * 4])
         try:
             pid = os.fork()
         except OSError as error:
-            pid = -(error.errno or errno.EAGAIN)
+            channel.send(NEWS.pack(ENDED, 0, error.errno or errno.EAGAIN))
+            pid = -1
         if pid == 0:
-            call(json.loads(message), descriptors, tools)
+            wait_and_run(int(message), descriptors, options, known)
         for descriptor in descriptors:
             os.close(descriptor)
-        channel.send(struct.pack(">ii", *((0, -pid) if pid < 0 else (os.waitpid(pid, 0)[1], 0))))
+        if pid > 0:
+            if options["privileges"] == "strict":
+                # A call of the same user may kill this process; PID 1 then waits for the call itself.
+                channel.send(NEWS.pack(STARTED, pid, 0))
+            # From the kernel, so that it is true whatever the call may write.
+            channel.send(NEWS.pack(ENDED, os.waitpid(pid, 0)[1], 0))
 
 
-def rehearse():
-    """Do once what every call does: what the interpreter sets up at the first time need not be set up in each child."""
-    code = b"import math\ndef f(x):\n    return [str(x), f'{math.sqrt(x)}']\nprint(f(4), len(f(2)))\n"
-    for _ in range(3):
-        standard_streams()  # they lead to /dev/null here
-        exec(compile(code, "rehearsal", "exec", dont_inherit=True), {"__name__": "rehearsal"})
-
-
-def call(request, descriptors, tools):
+def wait_and_run(uid, descriptors, options, known):
+    """Be ready, wait for the call, run it. Never returns."""
+    status = 126
     try:
-        prepare(request, descriptors)
-        with open(3, "rb", closefd=True) as file:
-            code = file.read()
-        name = CODE[request["tool"]]
-        with open(name, "wb") as file:
-            file.write(code)
-        if request["tool"] == "sh":
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-            os.execv("/bin/sh", ["sh", name])
-        os._exit(run_python(code, tools) & 255)
+        settle_in(descriptors, options)
+        if options["mode"] != "episode":
+            become_the_call(uid, options)
+            # For the commonest; another language takes the place of all this.
+            known["python"].ready(PLACE)
+        if not os.read(3, 1):
+            os._exit(0)
+        if options["mode"] == "episode":
+            # Not earlier: what an episode left running has this user too, and must not meet a process of ours.
+            become_the_call(uid, options)
+            known["python"].ready(PLACE)
+        os.close(3)
+        with open(4, "rb") as file:
+            request = json.loads(file.read(int.from_bytes(file.read(4), "big")))
+            code = file.read(request["code_bytes"])
+            for name, size in request["files"]:
+                write_file(name, file.read(size))
+        if request["memory_mib"]:
+            resource.setrlimit(resource.RLIMIT_AS, (request["memory_mib"] << 20,) * 2)
+        status = known[request["tool"]].run(code, PLACE)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(2, f"the call could not be started: {error!r}\n".encode())
-        os._exit(126)
+    finally:
+        os._exit(status)
 
 
-def prepare(request, descriptors):
+def settle_in(descriptors, options):
+    """All that needs no user: session, descriptors, limits."""
     os.setsid()
-    # Before the user changes: while not dumpable, the file belongs to root.
+    strict = options["privileges"] == "strict"
+    # While not dumpable, the file belongs to root: where that is not us, for this moment.
+    set_dumpable(1 if strict else 0)
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("1000")
     # Out of the way first, so that none is overwritten before it has its place.
     for target, descriptor in enumerate([fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in descriptors]):
         os.dup2(descriptor, target, inheritable=target < 3)
-    os.closerange(4, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    cpu_s = int(request["wall_s"] * request["cpus"]) + 2
+    os.closerange(len(descriptors), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    limits = options["limits"]
     for name, value in (
-        (resource.RLIMIT_CPU, cpu_s),
-        (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_FSIZE, request["tmpfs_mib"] << 20),
+        (resource.RLIMIT_CPU, int(limits["wall_s"] * max(limits["cpus"], 1)) + 2),
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_FSIZE, limits["tmpfs_mib"] << 20),
         (resource.RLIMIT_CORE, 0),
     ):
         resource.setrlimit(name, (value, value))
-    if request["nproc"]:
-        resource.setrlimit(resource.RLIMIT_NPROC, (request["nproc"], request["nproc"]))
-    become(request["uid"])
-    set_dumpable(1)
+    if options["nproc"]:
+        resource.setrlimit(resource.RLIMIT_NPROC, (options["nproc"], options["nproc"]))
     os.umask(0o077)
-    os.mkdir(PLACE, 0o700)
+
+
+def become_the_call(uid, options):
+    become(uid)
+    set_dumpable(1)
+    try:
+        os.mkdir(PLACE, 0o700)
+    except FileExistsError:
+        if options["mode"] != "episode":
+            raise
     os.chdir(PLACE)
 
 
-def run_python(code, tools):
-    """Run code as a script would run, and give its exit status."""
-    atexit, linecache, threading, traceback, types = tools
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))
-    path = f"{PLACE}/main.py"
-    main = types.ModuleType("__main__")
-    main.__file__ = path
-    main.__builtins__ = __builtins__
-    sys.modules["__main__"] = main
-    sys.argv[:] = ["main.py"]
-    sys.path.insert(0, PLACE)
-    standard_streams()
-    status = 0
-    try:
-        exec(compile(code, path, "exec", dont_inherit=True), main.__dict__)
-    except SystemExit as leave:
-        status = leave.code if isinstance(leave.code, int) else 0 if leave.code is None else 1
-        if leave.code is not None and not isinstance(leave.code, int):
-            print(leave.code, file=sys.stderr)
-    except BaseException as error:
-        linecache.checkcache(path)
-        here = error.__traceback__
-        traceback.print_exception(error.with_traceback(here.tb_next if here else None))
-        status = 1
-    threading._shutdown()
-    atexit._run_exitfuncs()
-    # Also the ones that the code has put others in the place of: what they hold was printed.
-    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            stream.flush()
-    return status
+def write_file(name, data):
+    """A file that came with the call. The controller has looked at the name."""
+    *folders, last = name.split("/")
+    folder = "."
+    for part in folders:
+        folder = f"{folder}/{part}"
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder)
+    with open(f"{folder}/{last}", "wb") as file:
+        file.write(data)
 
 
-def standard_streams():
-    """New objects for standard input and output: the ones that are there were made for other descriptors."""
-    stream = functools.partial(open, encoding="utf-8", closefd=False)
-    sys.stdin = sys.__stdin__ = stream(0, errors="surrogateescape")
-    sys.stdout = sys.__stdout__ = stream(1, "w", 1, errors="surrogateescape")
-    sys.stderr = sys.__stderr__ = stream(2, "w", 1, errors="backslashreplace")
+# --- files that come back -------------------------------------------------------------------------
+
+
+class Fetch:
+    """Reads files of a call with the rights of its user: regular ones, following no link, up to a bound."""
+
+    def __init__(self, limits):
+        self.left, self.room = limits["files"], limits["files_bytes"]
+        self.depth = limits["files_depth"]
+        self.table = TABLE_BYTES
+        self.deadline = time.monotonic() + FETCH_S
+        self.files, self.missed = [], {}
+
+    def all(self, names):
+        try:
+            top = os.open(PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except OSError:
+            self.missed.update(dict.fromkeys(names, "the call's folder is gone"))
+            return
+        for name in names:
+            self.one(os.dup(top), [part for part in name.split("/") if part not in ("", ".")], name)
+        os.close(top)
+
+    def one(self, folder, parts, name):
+        """What lies at the end of a path, part by part; takes over the descriptor."""
+        try:
+            for part in parts[:-1]:
+                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(folder)
+                folder = below
+            if parts:
+                self.entry(folder, parts[-1], "/".join(parts), len(parts) - 1)
+            else:
+                self.tree(os.dup(folder), "", 0)
+        except OSError as error:
+            self.miss(name, error)
+        finally:
+            os.close(folder)
+
+    def entry(self, folder, last, name, depth):
+        try:
+            # Without waiting: a pipe has no other end.
+            found = os.open(last, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY, dir_fd=folder)
+        except OSError as error:
+            self.miss(name, error)
+            return
+        kind = os.fstat(found).st_mode
+        if stat.S_ISDIR(kind):
+            self.tree(found, name, depth + 1)
+            return
+        try:
+            if stat.S_ISREG(kind):
+                self.regular(found, name)
+            else:
+                self.miss(name, "it is not a regular file")
+        finally:
+            os.close(found)
+
+    def tree(self, folder, name, depth):
+        """Everything below a folder; takes over the descriptor."""
+        try:
+            if depth > self.depth:
+                self.miss(name, f"it is more than {self.depth} folders deep")
+                return
+            for last in sorted(os.listdir(folder)):
+                if self.left <= 0 or self.table <= 0 or time.monotonic() > self.deadline:
+                    self.miss(name or ".", "there are too many files")
+                    return
+                self.entry(folder, last, f"{name}/{last}" if name else last, depth)
+        finally:
+            os.close(folder)
+
+    def regular(self, descriptor, name):
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            self.miss(name, "its name is not UTF-8")
+            return
+        data = bytearray()
+        while len(data) <= self.room and (part := os.read(descriptor, PART)):
+            data += part
+        if len(data) > self.room or self.left <= 0:
+            self.miss(name, "it is larger than what may come back" if self.left > 0 else "there are too many files")
+            return
+        self.left -= 1
+        self.room -= len(data)
+        self.table -= len(name) + 20
+        self.files.append((name, bytes(data)))
+
+    def miss(self, name, why):
+        name = name if name.isprintable() else ascii(name)
+        self.table -= len(name) + 80
+        if self.table > 0:
+            self.missed[name] = why if isinstance(why, str) else os.strerror(why.errno).lower()
 
 
 # --- the janitor ----------------------------------------------------------------------------------
-
-
-def tidy(uid, name):
-    """The usual case, without a fork: nothing there but the call's own folder with its code in it.
-
-    With that user as the effective one nothing else can be reached, whatever the folder has been replaced with.
-    """
-    os.setresuid(0, uid, 0)
-    try:
-        os.unlink(f"{PLACE}/{name}")
-        os.rmdir(PLACE)
-    except OSError:
-        return False
-    finally:
-        os.setresuid(0, 0, 0)
-    return not any(os.listdir(mount) for mount in WRITABLE)
 
 
 def sweep(mount):
@@ -287,7 +420,7 @@ def sweep(mount):
             continue
         except IsADirectoryError:
             os.chmod(entry, 0o700, dir_fd=folder)
-        if len(stack) < 100:
+        if len(stack) < DEPTH:
             below = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
             stack.append((below, entry, os.listdir(below)))
         else:
@@ -340,196 +473,249 @@ class Stream:
         return bytes(self.head + self.tail[-self.half :])
 
 
+class Standby:
+    """A process that is ready for a call, and our ends of its descriptors."""
+
+    def __init__(self, uid, channel):
+        self.uid = uid
+        stdin, self.stdin = os.pipe()
+        self.stdout, stdout = os.pipe()
+        self.stderr, stderr = os.pipe()
+        go, self.go = os.pipe()
+        # A file in memory: what is passed on goes through no buffer of a fixed size.
+        self.request = os.memfd_create("request")
+        theirs = [stdin, stdout, stderr, go, self.request]
+        for descriptor in (self.stdin, self.stdout, self.stderr):
+            os.set_blocking(descriptor, False)
+        channel.sendmsg([b"%d" % uid], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))])
+        for descriptor in theirs[:-1]:
+            os.close(descriptor)
+
+    def start(self):
+        # The other side shares the position in the file.
+        os.lseek(self.request, 0, os.SEEK_SET)
+        os.close(self.request)
+        os.write(self.go, b"g")
+        os.close(self.go)
+
+    def close_stdin(self):
+        if self.stdin >= 0:
+            os.close(self.stdin)
+            self.stdin = -1
+
+    def close(self):
+        self.close_stdin()
+        os.close(self.stdout)
+        os.close(self.stderr)
+
+
 class Cell:
-    def __init__(self, *, first_uid, nproc, idle_s, preload):
-        self.first_uid, self.nproc, self.idle_s, self.preload = first_uid, nproc, idle_s, preload
+    def __init__(self, options):
+        self.options, self.limits = options, options["limits"]
+        self.strict, self.episode = options["privileges"] == "strict", options["mode"] == "episode"
         self.calls = 0
         self.inbox = bytearray()
-        self.counters = {name: Counter(places) for name, places in COUNTERS.items()}
+        self.unread = 0  # of the payload of the frame that is being taken in
+        self.oom, self.pids, self.tasks = Gauge("oom"), Gauge("pids"), Gauge("tasks")
+        self.known = sorted(languages())
+        self.standby = None
         self.start_zygote()
+        self.before = self.counters()
+        if not self.episode:
+            self.make_ready()
+
+    def counters(self):
+        return {"oom": self.oom.read(), "pids": self.pids.read()}
 
     def start_zygote(self):
         self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.zygote = os.fork()
         if self.zygote == 0:
             nothing = os.open("/dev/null", os.O_RDWR)
-            os.dup2(nothing, 0)
-            os.dup2(nothing, 1)
-            os.dup2(nothing, 2)
+            for target in range(3):
+                os.dup2(nothing, target)
             theirs.set_inheritable(True)
             # A fresh interpreter: it shares no memory with PID 1. Not -I, which would ignore the seed of hashes.
-            arguments = [sys.executable, "-s", __file__, "--zygote", str(theirs.fileno()), *self.preload]
+            arguments = [sys.executable, "-s", __file__, "--zygote", str(theirs.fileno()), json.dumps(self.options)]
             os.execve(sys.executable, arguments, {**ENVIRONMENT, "HOME": "/"})
         theirs.close()
         if (said := self.channel.recv(1024)) != b"ready":
             sys.exit(said.decode(errors="replace") or "the zygote did not start")
+        # PID 1 and the zygote with whatever threads the preloaded modules have: more than that is somebody else.
+        self.ours = self.tasks.read()
 
-    def count(self):
-        return {name: counter.read() for name, counter in self.counters.items()}
+    def user(self, number):
+        return os.getuid() if self.strict else self.options["first_uid"] + number
+
+    def make_ready(self):
+        """Have a process made for the next call, under a user that this cell never had."""
+        self.standby = Standby(self.user(0 if self.episode else self.calls), self.channel)
+        self.calls += 1
 
     # frames
 
     def read_frame(self):
+        """The kind and header of the next frame; its payload is read by whoever needs it."""
         self.need(HEAD.size)
         magic, kind, header_length, payload_length = HEAD.unpack_from(self.inbox)
-        if magic != MAGIC or kind != CALL or header_length > MAX_HEADER or payload_length > MAX_PAYLOAD:
-            os._exit(70)
-        middle = HEAD.size + header_length
-        self.need(middle + payload_length)
-        header = json.loads(self.inbox[HEAD.size : middle])
-        # One copy only: a call of the largest size must not cost PID 1 its life.
-        with memoryview(self.inbox) as view:
-            payload = bytes(view[middle : middle + payload_length])
-        del self.inbox[: middle + payload_length]
-        return header, payload
+        if magic != MAGIC or header_length > MAX_HEADER:
+            os._exit(BAD_FRAME)
+        end = HEAD.size + header_length
+        self.need(end)
+        header = json.loads(self.inbox[HEAD.size : end])
+        del self.inbox[:end]
+        self.unread = payload_length
+        return kind, header
 
     def need(self, length):
         while len(self.inbox) < length:
-            if not select.select([0], [], [], self.idle_s)[0]:
+            if not select.select([0], [], [], self.options["idle_s"])[0]:
                 os._exit(0)
             self.read_some()
 
     def read_some(self):
-        data = os.read(0, 1 << 18)
+        data = os.read(0, PART)
         if not data:
             os._exit(0)
         self.inbox += data
 
+    def payload(self, most):
+        """At most so much of what is there of the payload; at least one byte unless all of it has been read."""
+        if self.unread and not self.inbox:
+            self.read_some()
+        part = bytes(self.inbox[: min(most, self.unread)])
+        del self.inbox[: len(part)]
+        self.unread -= len(part)
+        return part
+
     def send(self, kind, header, payload=b""):
         text = json.dumps(header).encode()
-        frame = memoryview(HEAD.pack(MAGIC, kind, len(text), len(payload)) + text + payload)
-        while frame:
-            frame = frame[os.write(1, frame) :]
+        head = HEAD.pack(MAGIC, kind, len(text), len(payload)) + text
+        for part in (head + payload,) if len(payload) < PART else (head, payload):
+            rest = memoryview(part)
+            while rest:
+                rest = rest[os.write(1, rest) :]
+
+    def tunnels(self, poll):
+        """Ways out for one call, where the policy has any."""
+        if not self.options["egress"]:
+            return None
+        import tunnels
+
+        return tunnels.Tunnels(poll, self.send)
+
+    def pass_on(self, tunnels):
+        """Whole frames that came in during a call are for its tunnels."""
+        while len(self.inbox) >= HEAD.size:
+            magic, kind, header_length, payload_length = HEAD.unpack_from(self.inbox)
+            if magic != MAGIC or kind < 5 or header_length > MAX_HEADER or payload_length > PART:
+                os._exit(BAD_FRAME)
+            end = HEAD.size + header_length + payload_length
+            if len(self.inbox) < end:
+                return
+            header = json.loads(self.inbox[HEAD.size : HEAD.size + header_length])
+            payload = bytes(self.inbox[HEAD.size + header_length : end])
+            del self.inbox[:end]
+            tunnels.take(kind, header, payload)
 
     # one call
 
-    def serve(self, request, payload):
-        uid = self.first_uid + self.calls
-        self.calls += 1
-        if self.calls > UID_SPAN:
-            os._exit(71)
-        before, started = self.count(), time.monotonic()
-        view, middle = memoryview(payload), request["code_bytes"]
-        streams, status, fork_error, why = self.run(uid, request, view[:middle], view[middle:], started)
+    def serve(self):
+        kind, request = self.read_frame()
+        if kind != CALL:
+            if kind < 5:
+                os._exit(BAD_FRAME)
+            while self.unread:  # of a tunnel that ended with its call
+                self.payload(PART)
+            return
+        if self.episode:
+            self.make_ready()
+        call = self.standby
+        self.hand_over(request, call)
+        started = time.monotonic()
+        call.start()
+        streams = {call.stdout: Stream(self.limits["output_bytes"]), call.stderr: Stream(self.limits["output_bytes"])}
+        status, fork_error, why = Watch(self, call, streams, started + request["wall_s"]).until_over()
         wall_ms = (time.monotonic() - started) * 1e3
+        while self.unread:  # nobody read it; the next frame is behind it
+            self.payload(PART)
         self.reap()
-        # A call that was ended from here left nothing by itself.
-        leftovers = 0 if why else len(self.strangers())
-        self.kill(uid)
-        after = self.count()
-        rose = {name: (after[name] or 0) > (before[name] or 0) for name in before}
-        code_status = os.waitstatus_to_exitcode(status)
-        verdict = self.verdict(why, code_status, rose)
-        out, err = streams
-        kept = out.kept()
+        # What we ended ourselves left nothing on purpose.
+        leftovers = 0 if why or self.alone() else len(self.strangers())
+        if why or not self.options["background"]:
+            self.kill(call.uid)
+        for descriptor, stream in streams.items():
+            drain(descriptor, stream)
+        call.close()
+        # It may have gone over while the pipes were emptied.
+        if why is None and written(streams) > self.limits["flood_bytes"]:
+            why = "output_limit"
+        fetch = self.fetch(request["fetch"], call.uid)
+        after = self.counters()
+        rose = {name: (after[name] or 0) > (self.before[name] or 0) for name in after}
+        ended = os.waitstatus_to_exitcode(status)
+        out, err = streams.values()
+        kept = [out.kept(), err.kept()]
+        doubt = "the memory limit was reached" if rose["oom"] and not self.episode else ""
         self.send(
             RESULT,
             {
                 "id": request["id"],
-                "status": verdict,
-                "exit_code": code_status if code_status >= 0 and not why else None,
-                "signal": -code_status if code_status < 0 and not why else None,
-                "fork_error": fork_error,
+                "status": verdict(why, ended, rose),
+                "exit_code": ended if ended >= 0 and not why else None,
+                "signal": -ended if ended < 0 and not why else None,
                 "stdout_bytes": out.total,
                 "stderr_bytes": err.total,
-                "stdout_kept": len(kept),
+                "kept": [len(each) for each in kept],
                 "wall_ms": round(wall_ms, 3),
                 "leftovers": leftovers,
+                "fork_error": fork_error,
+                "files": [[name, len(data)] for name, data in fetch.files],
+                "missed": fetch.missed,
+                "doubt": doubt,
             },
-            kept + err.kept(),
+            b"".join([*kept, *(data for _, data in fetch.files)]),
         )
-        doubt = self.clean(uid, CODE[request["tool"]]) or ("memory limit reached" if rose["oom"] else "")
+        doubt = doubt or self.clean(call.uid)
+        # Counted anew: what was stopped by a limit while it was being killed belongs to this call.
+        self.before = self.counters()
         self.send(CLEAN, {"id": request["id"], "doubt": doubt})
+        if not doubt and not self.episode:
+            self.make_ready()
 
-    def run(self, uid, request, code, stdin, started):
-        pipes = [os.pipe() for _ in range(3)]
-        theirs = [pipes[0][0], pipes[1][1], pipes[2][1], code_file(code)]
-        to_stdin, from_out, from_err = pipes[0][1], pipes[1][0], pipes[2][0]
-        message = {
-            "uid": uid,
-            "tool": request["tool"],
-            "wall_s": request["wall_s"],
-            "cpus": request["cpus"],
-            "tmpfs_mib": request["tmpfs_mib"],
-            "nproc": self.nproc,
-        }
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))]
-        self.channel.sendmsg([json.dumps(message).encode()], rights)
-        for descriptor in theirs:
-            os.close(descriptor)
-        streams = {from_out: Stream(request["output_bytes"]), from_err: Stream(request["output_bytes"])}
-        deadline = started + request["wall_s"]
+    def hand_over(self, request, call):
+        """Write what the call needs where its process finds it, as it comes in."""
+        passed = {name: request[name] for name in ("tool", "code_bytes", "files", "memory_mib")}
+        text = json.dumps(passed).encode()
+        write_all(call.request, len(text).to_bytes(4, "big") + text)
+        left = request["code_bytes"] + sum(size for _, size in request["files"])
+        while left:
+            part = self.payload(min(left, PART))
+            left -= len(part)
+            write_all(call.request, part)
+
+    def fetch(self, names, uid):
+        found = Fetch(self.limits)
+        if names:
+            if not self.options["background"]:
+                # Nobody is left who could move something underneath.
+                self.empty(uid)
+            with self.acting_as(uid):
+                found.all(names)
+        return found
+
+    @contextlib.contextmanager
+    def acting_as(self, uid):
+        """With that user as the effective one: nothing else can be reached, whatever names have been replaced with."""
+        if self.strict:
+            yield
+            return
+        os.setresuid(0, uid, 0)
         try:
-            status, fork_error, why = self.watch(uid, to_stdin, stdin, streams, deadline, request["flood_bytes"])
-            for descriptor, stream in streams.items():
-                drain(descriptor, stream)
-            if why is None and written(streams) > request["flood_bytes"]:
-                why = "output_limit"
+            yield
         finally:
-            for descriptor in streams:
-                os.close(descriptor)
-        return list(streams.values()), status, fork_error, why
-
-    def watch(self, uid, to_stdin, stdin, streams, deadline, flood_bytes):
-        """Feed and drain the call until it is over; gives its status and, where we ended it, why."""
-        why = None
-        with selectors.DefaultSelector() as selector:
-            for descriptor in streams:
-                os.set_blocking(descriptor, False)
-                selector.register(descriptor, selectors.EVENT_READ)
-            selector.register(self.channel, selectors.EVENT_READ)
-            selector.register(0, selectors.EVENT_READ)
-            os.set_blocking(to_stdin, False)
-            if stdin:
-                selector.register(to_stdin, selectors.EVENT_WRITE)
-            else:
-                os.close(to_stdin)
-                to_stdin = -1
-            while True:
-                left = deadline - time.monotonic()
-                if left <= 0 and why is None:
-                    why = "timeout"
-                if why is not None:
-                    # Again and again: the child may not have changed its user yet.
-                    self.kill(uid)
-                    left = 0.02
-                for key, _ in selector.select(max(left, 0)):
-                    if key.fileobj is self.channel:
-                        answer = self.channel.recv(64)
-                        if not answer:
-                            # Nobody can say how the call ended, so there must be no result.
-                            sys.exit("the zygote died under a call")
-                        status, fork_error = struct.unpack(">ii", answer)
-                        if to_stdin >= 0:
-                            os.close(to_stdin)
-                        return status, fork_error, why
-                    if key.fd == 0:
-                        self.read_some()
-                    elif key.fd == to_stdin:
-                        stdin = feed(to_stdin, stdin)
-                        if not stdin:
-                            selector.unregister(to_stdin)
-                            os.close(to_stdin)
-                            to_stdin = -1
-                    elif not pump(key.fd, streams[key.fd]):
-                        selector.unregister(key.fd)
-                if why is None and written(streams) > flood_bytes:
-                    why = "output_limit"
-
-    def verdict(self, why, code_status, rose):
-        if why == "timeout" and rose["pids"]:
-            return "pids_limit"  # a fork bomb does not end by itself
-        if why is not None:
-            return why
-        if rose["oom"]:
-            return "oom"
-        if code_status == 0:
-            return "ok"
-        if rose["pids"]:
-            return "pids_limit"
-        if disk_is_full():
-            return "disk_limit"
-        return "signal" if code_status < 0 else "nonzero_exit"
+            os.setresuid(0, 0, 0)
+            set_dumpable(0)  # a change of user resets it to whatever the host prefers
 
     # afterwards
 
@@ -538,35 +724,63 @@ class Cell:
 
         A process may signal where its real or effective user is the real or saved user of the target. With that user
         as the effective one, and nobody's as the real one, kill(-1) reaches the call and spares the zygote, and no one
-        can signal back. The saved user 0 keeps the way home.
+        can signal back. The saved user 0 keeps the way home. In a strict cell the zygote goes too, and is made anew.
         """
-        os.setresuid(self.first_uid - 1, uid, 0)
+        if not self.strict:
+            os.setresuid(self.options["first_uid"] - 1, uid, 0)
+        elif self.alone():
+            return
         try:
             os.kill(-1, signal.SIGKILL)
         except OSError:
             pass  # nobody was left
         finally:
-            os.setresuid(0, 0, 0)
+            if not self.strict:
+                os.setresuid(0, 0, 0)
+                set_dumpable(0)
 
-    def clean(self, uid, name):
+    def clean(self, uid):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
-        deadline = time.monotonic() + CLEAN_S
         self.reap()
-        while self.strangers():
+        if not self.options["background"] and not self.empty(uid):
+            return "a process could not be killed"
+        if self.zygote < 0:
+            if not self.strict:
+                return "the zygote died"
+            self.channel.close()
+            self.start_zygote()
+        if self.episode or self.tidy(uid):
+            return ""
+        if not janitor(uid):
+            return "a file could not be deleted"
+        self.reap()
+        return "a file was left" if any(os.listdir(mount) for mount in WRITABLE) else ""
+
+    def empty(self, uid):
+        """Wait until nobody is here but PID 1 and the zygote; whether that came true."""
+        deadline = time.monotonic() + CLEAN_S
+        while not self.alone() and self.strangers():
             if time.monotonic() > deadline:
-                return "a process could not be killed"
+                return False
             self.kill(uid)
             time.sleep(0.0005)
             self.reap()
-        if not tidy(uid, name):
-            if not janitor(uid):
-                return "a file could not be deleted"
-            self.reap()
-            if any(os.listdir(mount) for mount in WRITABLE):
-                return "a file was left"
-        if self.zygote < 0:
-            return "the zygote died"
-        return ""
+        return True
+
+    def tidy(self, uid):
+        """The usual case, without a fork: nothing there but the call's own folder with its code in it."""
+        with self.acting_as(uid):
+            try:
+                for name in os.listdir(PLACE):
+                    os.unlink(f"{PLACE}/{name}")
+                os.rmdir(PLACE)
+            except OSError:
+                return False
+        return not any(os.listdir(mount) for mount in WRITABLE)
+
+    def alone(self):
+        """Whether nobody is here but PID 1 and the zygote, by the kernel's own count; False where it keeps none."""
+        return self.ours is not None and self.zygote > 0 and self.tasks.read() == self.ours
 
     def strangers(self):
         """Every process that is neither PID 1 nor the zygote."""
@@ -585,13 +799,125 @@ class Cell:
                 self.zygote = -1
 
 
-def code_file(code):
-    """The code as a descriptor, so that it passes no buffer of a fixed size on its way to the child."""
-    descriptor = os.memfd_create("code")
-    while code:
-        code = code[os.write(descriptor, code) :]
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return descriptor
+class Watch:
+    """One call while it runs: its input is fed, its outputs are drained, the clock is watched."""
+
+    def __init__(self, cell, call, streams, deadline):
+        self.cell, self.call, self.streams, self.deadline = cell, call, streams, deadline
+        self.why = None  # we ended it
+        self.waiting = b""  # standard input that the call has not taken
+        self.child = self.orphan = None
+        self.poll = select.poll()
+        for descriptor in (cell.channel.fileno(), *streams):
+            self.poll.register(descriptor, select.POLLIN)
+        self.tunnels = cell.tunnels(self.poll)
+
+    def until_over(self):
+        """The status of the call as the kernel gave it, why there was no fork, and why we ended it."""
+        try:
+            while True:
+                self.next_input()
+                if (ended := self.next_events()) is not None:
+                    return *ended, self.why
+                if self.why is None and written(self.streams) > self.cell.limits["flood_bytes"]:
+                    self.why = "output_limit"
+        finally:
+            if self.tunnels:
+                self.tunnels.close()
+
+    def next_input(self):
+        """Take in standard input while the call has room for it, and nothing else; but notice when the stream ends."""
+        cell, call = self.cell, self.call
+        if call.stdin >= 0:
+            if not self.waiting and cell.unread and cell.inbox:
+                self.waiting = cell.payload(PART)
+            if self.waiting:
+                self.poll.register(call.stdin, select.POLLOUT)
+            elif not cell.unread:
+                self.no_more_input()
+        wanted = call.stdin >= 0 and cell.unread and not self.waiting
+        if self.tunnels and not cell.unread:
+            wanted = True
+        self.poll.register(0, select.POLLIN if wanted else 0)
+
+    def no_more_input(self):
+        with contextlib.suppress(KeyError):
+            self.poll.unregister(self.call.stdin)
+        self.call.close_stdin()
+        self.waiting = b""
+
+    def next_events(self):
+        """Wait for something and do it; (status, fork error) when the call is over."""
+        left_s = self.deadline - time.monotonic()
+        if left_s <= 0 and self.why is None:
+            self.why = "timeout"
+        if self.why is not None:
+            # Again and again: a process may not have changed its user yet, or be born while the others die.
+            self.cell.kill(self.call.uid)
+            left_s = 0.02
+        if self.orphan is not None:
+            pid, status = os.waitpid(self.orphan, os.WNOHANG)
+            if pid:
+                return status, 0
+            left_s = 0.005
+        for descriptor, events in self.poll.poll(max(left_s, 0) * 1000 + 1):
+            if descriptor == self.cell.channel.fileno():
+                if (ended := self.news()) is not None:
+                    return ended
+            elif descriptor == 0:
+                self.cell.read_some()
+                if self.tunnels and not self.cell.unread:
+                    self.cell.pass_on(self.tunnels)
+            elif descriptor == self.call.stdin:
+                self.waiting = feed(descriptor, self.waiting)
+                if self.waiting is None:
+                    self.no_more_input()
+                elif not self.waiting:
+                    self.poll.unregister(descriptor)
+            elif descriptor in self.streams:
+                if not pump(descriptor, self.streams[descriptor]):
+                    self.poll.unregister(descriptor)
+            elif self.tunnels:
+                self.tunnels.ready(descriptor, events)
+        return None
+
+    def news(self):
+        message = self.cell.channel.recv(64)
+        if len(message) == NEWS.size:
+            kind, first, second = NEWS.unpack(message)
+            if kind == ENDED:
+                return first, second
+            self.child = first
+            return None
+        if self.child is None:
+            # Nobody can say how the call ends, so there must be no result.
+            os._exit(ZYGOTE_DIED)
+        self.poll.unregister(self.cell.channel)
+        self.orphan = self.child
+        return None
+
+
+def verdict(why, ended, rose):
+    """The status of a call, from what the kernel says. `why` is our own reason for ending it."""
+    if why == "timeout" and rose["pids"]:
+        return "pids_limit"  # a fork bomb does not end by itself
+    if why is not None:
+        return why
+    if rose["oom"]:
+        return "oom"
+    if ended == 0:
+        return "ok"
+    if rose["pids"]:
+        return "pids_limit"
+    if disk_is_full():
+        return "disk_limit"
+    return "signal" if ended < 0 else "nonzero_exit"
+
+
+def write_all(descriptor, data):
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
 
 
 def pump(descriptor, stream):
@@ -621,27 +947,43 @@ def written(streams):
 
 
 def feed(descriptor, data):
+    """What is left of the data after writing some of it; None where nobody reads any more."""
     try:
-        return data[os.write(descriptor, data[: 1 << 16]) :]
+        return data[os.write(descriptor, data) :]
     except BlockingIOError:
         return data
     except OSError:
-        return data[:0]  # the call closed its standard input
+        return None
+
+
+def leave(*_):
+    os._exit(0)
 
 
 def main():
     set_dumpable(0)
     if sys.argv[1] == "--zygote":
         sys.path.pop(0)  # the folder of this file
-        zygote(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
+        zygote(socket.socket(fileno=int(sys.argv[2])), json.loads(sys.argv[3]))
     options = json.loads(sys.argv[1])
+    if options["protocol"] != PROTOCOL:
+        sys.exit("the image was built for another version of LoopGuard: run `loopguard sandbox build`")
     for number in signal.valid_signals() - UNCATCHABLE - {signal.SIGCHLD}:
         signal.signal(number, signal.SIG_IGN)
-    cell = Cell(**options)
-    mounts = {mount: oct(os.stat(mount).st_mode) for mount in WRITABLE}
-    cell.send(HELLO, {"counters": cell.count(), "mounts": mounts, "python": sys.version.split()[0]})
+    if options["privileges"] != "strict":
+        # Old cells end by themselves, also while somebody keeps them from hearing or saying anything. Not where calls
+        # have our own user: the kernel lets a call send the first process just those signals that it listens to.
+        signal.signal(signal.SIGALRM, leave)
+        signal.alarm(options["age_s"])
+    about = about_this_cell()
+    cell = Cell(options)
+    version = sys.version.split()[0]
+    cell.send(
+        HELLO,
+        {"protocol": PROTOCOL, "python": version, "languages": cell.known, "counters": cell.before, "cell": about},
+    )
     while True:
-        cell.serve(*cell.read_frame())
+        cell.serve()
 
 
 if __name__ == "__main__":

@@ -56,54 +56,6 @@ def test_a_file_of_mistakes_is_refused_without_a_long_search(findings):
     assert "5:5: tools.rules has 1002 entries; expected at most 1000" in said
 
 
-class TestWhatACellNeverHas:
-    @pytest.mark.parametrize(
-        ("line", "never"),
-        [
-            ("network: host", "a network"),
-            ("privileged: true", "privileges"),
-            ("binds: ['/:/host']", "files of the host"),
-            ("volumes: []", "files of the host"),
-            ("capabilities: [ALL]", "capabilities"),
-            ("devices: [/dev/kvm]", "devices of the host"),
-            ("user: root", "another user than the one LoopGuard picks for each call"),
-            ("pid: host", "namespaces of the host"),
-            ("seccomp: unconfined", "a security profile other than LoopGuard's"),
-            ("env: {KEY: value}", "environment variables or secrets of the host"),
-        ],
-    )
-    def test_cannot_be_written_in_a_profile(self, findings, line, never):
-        key = line.split(":")[0]
-        (said,) = findings(("      image:", f"      {line}\n      image:"))
-        place, reason = said.split(" is refused: ")
-        assert place == f"14:7: sandbox.profiles.offline: {key!r}"
-        assert reason == f"LoopGuard cells never have {never}; there is no switch for it"
-
-    @pytest.mark.parametrize(
-        ("edit", "place"),
-        [
-            (("name: small", "name: small\nnetwork: host"), "3:1: "),
-            (("tools:\n", "tools:\n  network: host\n"), "4:3: tools: "),
-            (("      tool: python", "      network: host\n      tool: python"), "6:7: tools.rules[0]: "),
-            (("  profiles:", "  network: host\n  profiles:"), "12:3: sandbox: "),
-            (("        wall", "        network: host\n        wall"), "16:9: sandbox.profiles.offline.limits: "),
-        ],
-    )
-    def test_nor_anywhere_near(self, findings, edit, place):
-        assert findings(edit) == [
-            f"{place}'network' is refused: LoopGuard cells never have a network; there is no switch for it"
-        ]
-
-    def test_a_slip_among_the_limits_is_still_pointed_out(self, findings):
-        (said,) = findings(("pids: 32", "pid: 32"))
-        assert said.endswith("there is no switch for it. Did you mean 'pids'?")
-
-    def test_no_model_has_such_a_key(self):
-        """The words are refused because no section knows them; a section that learns one has to fail here."""
-        keys = set(explain._homes(GuardPolicy))
-        assert not {key.rpartition(".")[2] for key in keys} & explain.NEVER.keys()
-
-
 class TestWhatNoCodeEnforcesYet:
     @pytest.mark.parametrize("section", ["capabilities", "resume", "people", "extends", "budgets", "probation"])
     def test_a_section_of_the_future_is_refused(self, findings, section):
@@ -152,6 +104,10 @@ class TestModels:
         limits = load(path).policy.sandbox.profiles["offline"].limits.to_limits()
         assert (limits.wall_s, limits.memory_mib, limits.pids, limits.cpus) == (1.5, 1536, 32, 1.0)
         assert (limits.tmpfs_mib, limits.output_kib, limits.flood_mib) == (16, 64, 16)
+        assert (limits.files, limits.files_mib, limits.files_depth) == (64, 8, 8)
+
+    def test_files_are_never_promised_more_room_than_the_tmpfs_has(self):
+        assert schema.CellLimits(tmpfs="4MiB").to_limits().files_mib == 4
 
 
 def test_load_raises_every_finding(tmp_path):

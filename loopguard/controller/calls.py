@@ -1,0 +1,234 @@
+"""The path of every tool call: listen for a freeze, decide, record, run in a cell, record again.
+
+Loops and services take the same path. Many threads may be on it at once; they share one sync of the log before their
+calls run. What a call came back with is recorded and becomes durable with the next sync.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from loopguard.errors import SandboxBusyError, SandboxError, UsageError
+from loopguard.gates.tools import REFUSAL
+from loopguard.types import Decision, Outcome, ToolCall
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from loopguard.controller.guard import LoopGuard
+    from loopguard.sandbox.base import Episode as Cell
+
+    Run = Callable[[ToolCall], Outcome]
+
+_SPARE_THREADS = 4
+"""Beside one for each cell: they decide and record while the others wait for theirs."""
+
+
+class Calls:
+    """The tool calls of one guard. Thread-safe; `cycle` is None where there is no loop.
+
+    A refusal, a crash and a time-out are Outcomes. So is a freeze (status `denied`): frameworks swallow what a tool
+    raises, and the loop learns of the freeze at its next update, admission or promotion.
+    """
+
+    def __init__(self, guard: LoopGuard) -> None:
+        self._guard = guard
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._under_way = 0
+
+    def run(
+        self,
+        calls: Sequence[ToolCall],
+        *,
+        cycle: int | None,
+        closed: Callable[[], bool] = lambda: False,
+        roll_back: bool = False,
+        episode: EpisodeCalls | None = None,
+    ) -> list[Outcome]:
+        """Run calls together, on all cells at once; outcomes come in the order of the calls.
+
+        With `closed`, a caller whose time is over has its calls refused; `roll_back` is what a freeze by the tool gate
+        does with the weights. Raises SandboxUnavailableError, SandboxBusyError, CallError, AuditWriteError.
+        """
+        guard = self._guard
+        guard._listen()
+        if guard._state.frozen or closed():
+            return [_refused(call) for call in calls]
+        decisions = [guard._tools.decide(call) for call in calls]
+        for call, decision in zip(calls, decisions, strict=True):
+            self._record_decision(call, decision, cycle=cycle)
+        # Record first: a call nobody recorded must not have happened.
+        guard._log.sync()
+        if self._trips(cycle=cycle, roll_back=roll_back):
+            return [_refused(call) for call in calls]
+        if episode is not None:
+            for decision in decisions:
+                episode.admit(decision)
+
+        def one(call: ToolCall, decision: Decision) -> Outcome:
+            return self._run_one(call, decision, cycle=cycle, run=episode.cell.run if episode else None)
+
+        outcomes = self._together(one, calls, decisions)
+        self._trips(cycle=cycle, roll_back=roll_back)
+        return outcomes
+
+    async def arun(self, call: ToolCall, run: Run) -> Outcome:
+        """Await `run(call)` in a thread. Cancelling it ends the call, in its cell or in the queue, and waits."""
+        width, queue = self._guard._cells.width, self._guard._cells.queue
+        with self._lock:
+            if self._under_way >= width + queue:
+                raise SandboxBusyError(f"all cells are taken and {queue} callers wait: try again later")
+            self._under_way += 1
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(width + _SPARE_THREADS, thread_name_prefix="loopguard-call")
+        future = asyncio.get_running_loop().run_in_executor(self._threads, run, call)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            if not future.cancel():
+                self._guard._cells.kill(call.id, "the caller went away")
+                await asyncio.wait([future])
+                future.exception()  # it was told to end, and nobody else asks what became of it
+            raise
+        finally:
+            with self._lock:
+                self._under_way -= 1
+
+    def close(self) -> None:
+        """Let the threads end."""
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _together(
+        self,
+        one: Callable[[ToolCall, Decision], Outcome],
+        calls: Sequence[ToolCall],
+        decisions: Sequence[Decision],
+    ) -> list[Outcome]:
+        if len(calls) == 1:
+            return [one(calls[0], decisions[0])]
+        cells = self._guard._cells
+        with ThreadPoolExecutor(max_workers=cells.width) as threads:
+            try:
+                return list(threads.map(one, calls, decisions))
+            except BaseException:
+                # A dead sandbox or Ctrl-C: what still waits must not start.
+                threads.shutdown(wait=False, cancel_futures=True)
+                cells.kill_running()
+                raise
+
+    def _run_one(self, call: ToolCall, decision: Decision, *, cycle: int | None, run: Run | None) -> Outcome:
+        guard = self._guard
+        if not decision.allowed:
+            return _refused(call)
+        try:
+            outcome = (run or guard._cells.of(decision.facts["sandbox"]).run)(call)
+        except SandboxError as error:
+            guard._log.append("tool.lost", {"call": call.id, "reason": str(error)}, cycle=cycle)
+            raise
+        guard._tools.finished(outcome)
+        body: dict[str, Any] = {
+            "call": call.id,
+            "status": outcome.status,
+            "exit_code": outcome.exit_code,
+            "stdout_sha256": hashlib.sha256(outcome.stdout).hexdigest(),
+            "stdout_bytes": outcome.stdout_bytes,
+            "stderr_bytes": outcome.stderr_bytes,
+            "wall_ms": round(outcome.wall_ms, 2),
+            "leftovers": outcome.leftovers,
+        }
+        if outcome.files or outcome.not_fetched:
+            body["files"] = _digests(outcome.files)
+            body["not_fetched"] = len(outcome.not_fetched)
+        guard._log.append("tool.finished", body, cycle=cycle, sync=False)
+        return outcome
+
+    def _record_decision(self, call: ToolCall, decision: Decision, *, cycle: int | None) -> None:
+        code = call.code.encode("utf-8", errors="surrogatepass")
+        body: dict[str, Any] = {
+            "call": call.id,
+            "tool": call.tool,
+            "code_sha256": hashlib.sha256(code).hexdigest(),
+            "code_head": call.code[:200].encode("utf-8", errors="backslashreplace").decode(),
+            "result": decision.result,
+            "rule": decision.rule,
+            "reason": decision.reason,
+        }
+        if call.stdin:
+            body |= {"stdin_sha256": hashlib.sha256(call.stdin).hexdigest(), "stdin_bytes": len(call.stdin)}
+        if call.files:
+            body["files"] = _digests(call.files)
+        self._guard._log.append("tool.decided", body, cycle=cycle, sync=False)
+
+    def _trips(self, *, cycle: int | None, roll_back: bool) -> bool:
+        """Whether the tool gate froze the loop just now, or another call made it do so."""
+        guard = self._guard
+        if (trip := guard._tools.trip()) is None:
+            return False
+        with guard._turn:
+            if not guard._state.freeze_id:
+                guard._freeze(trip, cycle=cycle, roll_back=roll_back)
+        return True
+
+
+class EpisodeCalls:
+    """One cell for one rollout: what a call writes is there for the next. Each call is decided and recorded as any.
+
+    Not for two threads at once. Use it as a context manager, or `close` it.
+    """
+
+    def __init__(
+        self,
+        calls: Calls,
+        profile: str,
+        cell: Cell,
+        *,
+        cycle: int | None,
+        closed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.profile = profile
+        self.cell = cell
+        self._calls = calls
+        self._cycle = cycle
+        self._closed = closed
+
+    def __enter__(self) -> EpisodeCalls:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(self, call: ToolCall) -> Outcome:
+        """Run one call. Raises as `Calls.run` does, and UsageError for a tool that runs in another kind of cell."""
+        return self._calls.run([call], cycle=self._cycle, closed=self._closed, episode=self)[0]
+
+    async def arun(self, call: ToolCall) -> Outcome:
+        """The same, awaited; cancelling it ends the call and the episode."""
+        return await self._calls.arun(call, self.run)
+
+    def close(self) -> None:
+        """Take the cell down; may be called twice."""
+        self.cell.close()
+
+    def admit(self, decision: Decision) -> None:
+        """Raises UsageError where the guard policy lets this call run in another kind of cell only."""
+        if decision.allowed and decision.facts["sandbox"] != self.profile:
+            raise UsageError(
+                f"rule {decision.rule} sends its tool to the sandbox profile {decision.facts['sandbox']!r}, "
+                f"and this episode has a cell of {self.profile!r}: use the tool outside it, or change the rule"
+            )
+
+
+def _digests(files: Any) -> list[dict[str, Any]]:
+    return [
+        {"name": name, "sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)} for name, data in files.items()
+    ]
+
+
+def _refused(call: ToolCall) -> Outcome:
+    return Outcome(call_id=call.id, status="denied", refusal=REFUSAL)
