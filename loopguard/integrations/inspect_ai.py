@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from inspect_ai.util import SandboxConnection
 
-    from loopguard.controller.station import StationEpisode
+    from loopguard.controller.calls import EpisodeCalls
     from loopguard.policy.schema import GuardPolicy
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
     from loopguard.types import Limits
@@ -110,7 +110,9 @@ class _Open:
     profile: str
     limits: Limits
     station: ToolStation
-    tasks: int = 0
+    free: anyio.Semaphore
+    """Samples queue up here: a pool's own queue takes it for a standstill when no cell comes free for long."""
+    tasks: int = 1
 
 
 @inspect.sandboxenv(name="loopguard")
@@ -124,11 +126,10 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
     _runtimes: ClassVar[Callable[[CellSpec, str, EventSink], Runtime] | None] = None
     _open: ClassVar[dict[str | None, _Open]] = {}
 
-    def __init__(self, episode: StationEpisode, station: ToolStation, limits: Limits) -> None:
+    def __init__(self, episode: EpisodeCalls, used: _Open) -> None:
         super().__init__()
         self._episode = episode
-        self._station = station
-        self._limits = limits
+        self._used = used
         self._turn = anyio.Lock()
 
     # What inspect asks of the class
@@ -149,9 +150,19 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
         loaded = load(policy)
         profile = _profile_of(loaded.policy, path=loaded.path)
         run_dir = _run_dir()
-        station = await _in_thread(lambda: ToolStation.open(policy, run_dir=run_dir, runtimes=cls._runtimes))
-        limits = loaded.policy.sandbox.profiles[profile].limits.to_limits()
-        cls._open[config] = _Open(policy=policy, profile=profile, limits=limits, station=station, tasks=1)
+        kept = loaded.policy.sandbox.profiles[profile]
+        station = await _in_thread(
+            lambda: ToolStation.open(
+                policy, run_dir=run_dir, command=("inspect_ai", str(policy)), runtimes=cls._runtimes
+            )
+        )
+        cls._open[config] = _Open(
+            policy=policy,
+            profile=profile,
+            limits=kept.limits.to_limits(),
+            station=station,
+            free=anyio.Semaphore(kept.cells),
+        )
         # Standard output may be read by a machine.
         sys.stderr.write(f"loopguard: tool calls are recorded in {run_dir}\n")
 
@@ -178,10 +189,15 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
         used = cls._open.get(config)
         if used is None:
             raise UsageError("sample_init before task_init: there is no station to take a cell from")
-        await _raise_if_frozen(used.station)
-        with _as_inspect_says_it():
-            episode = await _lend(used.station, used.profile)
-        return {"default": cls(episode, used.station, used.limits)}
+        await used.free.acquire()
+        try:
+            await _raise_if_frozen(used.station)
+            with _as_inspect_says_it():
+                episode = await _lend(used.station, used.profile)
+        except BaseException:
+            used.free.release()
+            raise
+        return {"default": cls(episode, used)}
 
     @classmethod
     async def sample_cleanup(
@@ -194,7 +210,11 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
         """Take the cell down, whatever happened to the sample."""
         with anyio.CancelScope(shield=True):
             for environment in environments.values():
-                await _in_thread(environment.as_type(cls)._episode.close)
+                mine = environment.as_type(cls)
+                try:
+                    await _in_thread(mine._episode.close)
+                finally:
+                    mine._used.free.release()
 
     @classmethod
     async def cli_cleanup(cls, id: str | None) -> None:
@@ -293,7 +313,7 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
             outcome = await self._episode.arun(call)
         if outcome.status == "denied":
             # A run that stopped must not look like a call that may not be made.
-            await _raise_if_frozen(self._station)
+            await _raise_if_frozen(self._used.station)
         return outcome
 
     def _result(self, outcome: Outcome, *, program: str) -> ExecResult[str]:
@@ -311,9 +331,9 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
                     "the command was ended at its time limit, with no process left to start", stdout + stderr
                 )
             case "output_limit":
-                raise OutputLimitExceededError(f"{self._limits.flood_mib} MiB", stdout + stderr)
+                raise OutputLimitExceededError(f"{self._used.limits.flood_mib} MiB", stdout + stderr)
             case "oom" if not ended_by_itself:
-                stderr += f"loopguard: ended at the memory limit of {self._limits.memory_mib} MiB\n"
+                stderr += f"loopguard: ended at the memory limit of {self._used.limits.memory_mib} MiB\n"
             case _:
                 pass
         if outcome.exit_code == 126 and stderr.removesuffix("\n") in {f"{program}: {why}" for why in _NOT_PERMITTED}:
@@ -330,12 +350,12 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
         if most > SandboxEnvironmentLimits.MAX_EXEC_OUTPUT_SIZE:
             raise OutputLimitExceededError(SandboxEnvironmentLimits.MAX_EXEC_OUTPUT_SIZE_STR, shown)
         if outcome.stdout_bytes > len(outcome.stdout) or outcome.stderr_bytes > len(outcome.stderr):
-            raise OutputLimitExceededError(f"{self._limits.output_kib} KiB", shown)
+            raise OutputLimitExceededError(f"{self._used.limits.output_kib} KiB", shown)
 
     async def _read(self, file: str) -> bytes | None:
         """All of a file, or None where it changed between two of its parts."""
         most = SandboxEnvironmentLimits.MAX_READ_FILE_SIZE
-        part_bytes = min(_PART, self._limits.output_kib << 10, self._limits.flood_mib << 19)
+        part_bytes = min(_PART, self._used.limits.output_kib << 10, self._used.limits.flood_mib << 19)
         data = bytearray()
         first: bytes | None = None
         while True:
@@ -408,9 +428,9 @@ async def _in_thread(work: Callable[[], T]) -> T:
     return done
 
 
-async def _lend(station: ToolStation, profile: str) -> StationEpisode:
+async def _lend(station: ToolStation, profile: str) -> EpisodeCalls:
     """An episode, as soon as there is a cell. A caller who is cancelled meanwhile leaves none behind."""
-    lent: Future[StationEpisode] = Future()
+    lent: Future[EpisodeCalls] = Future()
 
     def wait() -> None:
         try:
@@ -426,15 +446,15 @@ async def _lend(station: ToolStation, profile: str) -> StationEpisode:
     return lent.result()
 
 
-def _give_back(lent: Future[StationEpisode]) -> None:
+def _give_back(lent: Future[EpisodeCalls]) -> None:
     if lent.exception() is None:
         lent.result().close()
 
 
 async def _raise_if_frozen(station: ToolStation) -> None:
-    if station.frozen:
+    if await _in_thread(lambda: station.frozen):
         stand = await _in_thread(lambda: standing(station.run_dir))
-        raise LoopFrozen(stand.freeze or "unrecorded", stand.reason or "the run directory is frozen")
+        raise LoopFrozen(stand.freeze or "unrecorded", stand.reason)
 
 
 @contextmanager

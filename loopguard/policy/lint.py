@@ -89,7 +89,9 @@ def _egress(egress: Egress, where: Where, *, watched: bool) -> Iterator[Lint]:
     for i, place in enumerate(egress.allow):
         here: Where = (*where, "allow", i)
         if near(place.host):
-            message = f"{place.host} leads into a network of your own, if anywhere, and the proxy only to public addresses"
+            message = (
+                f"{place.host} leads into a network of your own, if anywhere, and the proxy only to public addresses"
+            )
             yield (*here, "host"), message
         if place.secret_headers:
             names = ", ".join(sorted(set(place.secret_headers.values())))

@@ -17,7 +17,8 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="this is about inspect_ai: pip install 'loopguard[inspect]'")
 
-from inspect_ai import Task, eval
+from inspect_ai import Task
+from inspect_ai import eval as run_eval
 from inspect_ai.dataset import Sample
 from inspect_ai.model import ModelOutput, get_model
 from inspect_ai.scorer import includes
@@ -34,7 +35,7 @@ from loopguard.audit.verify import verify
 from loopguard.integrations import inspect_ai as provider
 from loopguard.integrations.inspect_ai import LoopGuardSandboxEnvironment
 from loopguard.policy.load import shipped
-from loopguard.state import set_latch
+from loopguard.state import submit
 from loopguard.testing import FakeRuntime, printed
 from loopguard.types import Outcome
 
@@ -50,6 +51,7 @@ sandbox:
     rollout:
       image: "loopguard/python:1"
       mode: episode
+      cells: 1
       limits: {wall: 60s, memory: 256MiB, output: 64KiB, flood: 4MiB}
     offline: {image: "loopguard/python:1"}
 data: {sources: [human, model]}
@@ -64,41 +66,28 @@ promotion:
 
 
 class Cells(FakeRuntime):
-    """A fake runtime that lends episodes, one at a time."""
+    """A fake runtime that notes how many calls it has at once, and lends a cell when `gate` is open."""
 
     def __init__(self, respond):
         super().__init__(respond)
-        self.free = threading.Semaphore(1)
-        self.asked = threading.Event()
-        self.lent = 0
+        self.asked, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+        self.episodes = []
         self.at_once = self.most_at_once = 0
 
     def episode(self):
         self.asked.set()
-        self.free.acquire()
-        self.lent += 1
-        return Cell(self)
-
-
-class Cell:
-    """What `Cells` lends."""
-
-    def __init__(self, cells):
-        self.cells = cells
-        self.open = True
+        assert self.gate.wait(20)
+        self.episodes.append(super().episode())
+        return self.episodes[-1]
 
     def run(self, call):
-        self.cells.at_once += 1
-        self.cells.most_at_once = max(self.cells.most_at_once, self.cells.at_once)
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
         try:
-            return self.cells.run(call)
+            return super().run(call)
         finally:
-            self.cells.at_once -= 1
-
-    def close(self):
-        if self.open:
-            self.open = False
-            self.cells.free.release()
+            self.at_once -= 1
 
 
 @pytest.fixture
@@ -165,7 +154,7 @@ class TestExec:
         assert call.tool == "exec"
         assert json.loads(call.code) == {"argv": ["printf", "%s", "é"], "env": {"A": "1"}, "cwd": "sub"}
         assert (call.stdin, call.wall_s) == (b"in\n", 7)
-        types = [entry.type for stream in streams(tmp_path / "run") for entry in read.entries(tmp_path / "run", stream)]
+        types = [entry.type for entry in read.entries(tmp_path / "run")]
         assert types.count("tool.decided") == types.count("tool.finished") == 1
 
     @pytest.mark.parametrize(
@@ -215,10 +204,10 @@ class TestExec:
         """A freeze is no tool error that a model may go on from."""
 
         async def work(environment):
-            set_latch(tmp_path / "run", freeze="f1", reason="dana looked at the output")
+            submit(tmp_path / "run", "freeze", by="dana", reason="the output looks odd")
             await environment.exec(["true"])
 
-        with pytest.raises(errors.LoopFrozen, match="dana looked at the output"):
+        with pytest.raises(errors.LoopFrozen, match="dana asked for it: the output looks odd"):
             in_sample(policy, work)
         assert cells.calls == []
 
@@ -400,12 +389,7 @@ class TestFiles:
 
         with pytest.raises(PermissionError):
             in_sample(policy, work)
-        run = tmp_path / "run"
-        heads = [
-            entry.body["code_head"]
-            for stream in streams(run)
-            for entry in read.entries(run, stream, types=("tool.decided",))
-        ]
+        heads = [entry.body["code_head"] for entry in read.entries(tmp_path / "run", types=("tool.decided",))]
         assert ["notes.txt" in heads[0], "forbidden.txt" in heads[1]] == [True, True]
         assert len(cells.calls) == 1
 
@@ -431,26 +415,43 @@ class TestLifetimes:
 
         assert asyncio.run(run()) == (True, True)
 
-    def test_a_sample_that_is_cancelled_while_it_waits_keeps_no_cell(self, policy, cells):
-        """The cell that comes free later is given to the next sample."""
+    def test_a_sample_waits_for_a_cell_until_one_is_free(self, policy, cells):
+        """There are as many episodes as the profile has cells, and one that is cancelled while it waits takes none."""
 
         async def run():
             kind = LoopGuardSandboxEnvironment
             await kind.task_init("startup", policy)
             first = await kind.sample_init("task", policy, {})
-            cells.asked.clear()
-            second = asyncio.create_task(kind.sample_init("task", policy, {}))
-            await asyncio.to_thread(cells.asked.wait, 10)
-            second.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await second
+            cancelled, waiting = (asyncio.create_task(kind.sample_init("task", policy, {})) for _ in range(2))
+            await asyncio.sleep(0.05)
+            cancelled.cancel()
+            seen = len(cells.episodes)
             await kind.sample_cleanup("task", policy, first, interrupted=True)
-            third = await asyncio.wait_for(kind.sample_init("task", policy, {}), 10)
-            await kind.sample_cleanup("task", policy, third, interrupted=False)
+            second = await asyncio.wait_for(waiting, 10)
+            await kind.sample_cleanup("task", policy, second, interrupted=False)
+            await kind.task_cleanup("shutdown", policy, cleanup=True)
+            return seen, len(cells.episodes)
+
+        assert asyncio.run(run()) == (1, 2)
+        assert [episode.closed for episode in cells.episodes] == [True, True]
+
+    def test_a_sample_that_is_cancelled_while_its_cell_is_made_keeps_none(self, policy, cells):
+        async def run():
+            kind = LoopGuardSandboxEnvironment
+            await kind.task_init("startup", policy)
+            cells.gate.clear()
+            starting = asyncio.create_task(kind.sample_init("task", policy, {}))
+            await asyncio.to_thread(cells.asked.wait, 10)
+            starting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await starting
+            cells.gate.set()
+            second = await asyncio.wait_for(kind.sample_init("task", policy, {}), 10)
+            await kind.sample_cleanup("task", policy, second, interrupted=False)
             await kind.task_cleanup("shutdown", policy, cleanup=True)
 
         asyncio.run(run())
-        assert cells.free.acquire(timeout=10)
+        assert [episode.closed for episode in cells.episodes] == [True, True]
 
     @pytest.mark.parametrize(
         ("old", "new", "words"),
@@ -502,33 +503,29 @@ def tool_calls(*calls):
     return get_model("mockllm/model", custom_outputs=[*outputs, ModelOutput.from_content("mockllm/model", "done")])
 
 
-def streams(run_dir):
-    return [path.name for path in sorted((run_dir / "audit").iterdir()) if path.is_dir()]
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory):
+    """One environment for all of the suite, as inspect's own runner has it."""
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setenv("LOOPGUARD_RUN_DIR", str(tmp_path_factory.mktemp("inspect") / "run"))
+        opened = one_sample(None)
+        environment = runner.run(opened.__aenter__())
+        yield lambda check: runner.run(check(environment))
+        runner.run(opened.__aexit__(None, None, None))
 
 
 @pytest.mark.docker
 class TestInCells:
     """The real thing."""
 
-    KNOWN_FAILURES = {"test_exec_as_user"}  # a cell has one user, and no call becomes another
-
-    @pytest.fixture(scope="class")
-    def sample(self, tmp_path_factory):
-        """One environment for all of the suite, as inspect's own runner has it."""
-        with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
-            patch.setenv("LOOPGUARD_RUN_DIR", str(tmp_path_factory.mktemp("inspect") / "run"))
-            opened = one_sample(None)
-            environment = runner.run(opened.__aenter__())
-            yield lambda check: runner.run(check(environment))
-            runner.run(opened.__aexit__(None, None, None))
-
     @pytest.mark.parametrize("name", sorted(self_check.__all__))
     def test_inspects_conformance_suite(self, sample, name, request):
         """All of it but what takes a second user."""
-        if name in self.KNOWN_FAILURES:
+        if name == "test_exec_as_user":
             request.applymarker(pytest.mark.xfail(raises=SandboxUserUnsupportedError, strict=True))
         sample(getattr(self_check, name))
 
+    @pytest.mark.filterwarnings("default::DeprecationWarning")  # inspect's own, of a library that it uses
     def test_a_model_uses_inspects_tools_in_its_cell(self, tmp_path, monkeypatch):
         """What `bash` wrote `python` reads, the sample's file is there, and the audit log has it all and verifies."""
         run = tmp_path / "run"
@@ -543,13 +540,12 @@ class TestInCells:
             ("bash", {"command": "cat given.txt > note; ls set-up >> note; id -u; cat /proc/net/dev | wc -l"}),
             ("python", {"code": "print(open('note').read().upper())"}),
         )
-        (log,) = eval(task, model=model, log_dir=str(tmp_path / "logs"), display="none")
+        (log,) = run_eval(task, model=model, log_dir=str(tmp_path / "logs"), display="none")
         assert log.status == "success", log.error
         tools = [message for message in log.samples[0].messages if message.role == "tool"]
         assert [message.error for message in tools] == [None, None]
         assert tools[0].text.split()[0] != "0"
         assert tools[1].text.split() == ["FROM", "THE", "SAMPLESET-UP"]
-        (stream,) = streams(run)
-        decided = list(read.entries(run, stream, types=("tool.decided",)))
+        decided = list(read.entries(run, types=("tool.decided",)))
         assert sum("given.txt > note" in entry.body["code_head"] for entry in decided) == 1
-        assert verify(run, stream=stream).status in {"ok", "unanchored"}
+        assert verify(run).status in {"ok", "unanchored"}

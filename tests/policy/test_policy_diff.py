@@ -8,7 +8,9 @@ from test_policy_decide import CALLS, policy, rule_lists
 
 from loopguard.policy.decide import decide
 from loopguard.policy.diff import _NAMED, _ORDER, _effective, _leaves, _order, changes, compare
+from loopguard.policy.load import _LATER
 
+SANDBOX = ("sandbox", "profiles", "*")
 RULE = "tools__rules__0__"
 CELL = "sandbox__profiles__offline__"
 LIMITS = f"{CELL}limits__"
@@ -19,6 +21,9 @@ PANEL = "promotion__panel__0__"
 SHELL = {"id": "shell", "tool": "sh", "then": "run", "sandbox": "offline"}
 KEPT = {"min": 0.1, "max": 0.9, "max_change": 0.5}
 RECHECK = {"sample": 10, "max_wrong_share": 0.1}
+A = {"host": "a.example.org", "port": 443}
+B = {"host": "b.example.org", "port": 443}
+SECRET = A | {"secret_headers": {"X": "K"}}
 SKIP = {"on_trip": "skip", "skip_at_most": {"updates": 2, "per": 100}}
 
 # (changes of the old policy, changes of the new one, direction); the way back of a tightening is a loosening.
@@ -34,8 +39,29 @@ TABLE = [
     ({RULE + "refuse_patterns": ["a", "b"]}, {RULE + "refuse_patterns": ["a", "c"]}, "loosened"),
     ({}, {CELL + "image": "loopguard/python:2"}, "loosened"),
     ({}, {CELL + "mode": "fresh"}, "tightened"),
+    ({}, {CELL + "mode": "episode"}, "loosened"),
+    ({CELL + "mode": "episode"}, {}, "loosened"),
+    ({CELL + "mode": "episode"}, {CELL + "mode": "fresh"}, "tightened"),
+    ({CELL + "calls_per_cell": 10}, {CELL + "mode": "fresh"}, "tightened"),
     ({}, {CELL + "runtime": "runsc"}, "tightened"),
+    ({}, {CELL + "privileges": "strict"}, "loosened"),
+    ({CELL + "privileges": "strict"}, {}, "loosened"),
     ({}, {CELL + "cells": 1}, "tightened"),
+    ({}, {CELL + "queue": 1}, "same"),
+    ({CELL + "mode": "episode"}, {CELL + "mode": "episode", CELL + "background": True}, "loosened"),
+    ({CELL + "mode": "episode", CELL + "background": True}, {CELL + "mode": "episode"}, "tightened"),
+    ({}, {CELL + "egress": {"allow": [A]}}, "loosened"),
+    ({CELL + "egress": {"allow": [A, B]}}, {CELL + "egress": {"allow": [B]}}, "tightened"),
+    ({CELL + "egress": {"allow": [A, B]}}, {CELL + "egress": {"allow": [B, A]}}, "same"),
+    ({CELL + "egress": {"allow": [A]}}, {CELL + "egress": {"allow": [B]}}, "loosened"),
+    ({CELL + "egress": {"allow": [A]}}, {CELL + "egress": {"allow": [A | {"port": 80}]}}, "loosened"),
+    ({CELL + "egress": {"allow": [A]}}, {CELL + "egress": {"allow": [A | {"secret_headers": {"X": "K"}}]}}, "loosened"),
+    ({CELL + "egress": {"allow": [SECRET]}}, {CELL + "egress": {"allow": [A]}}, "loosened"),
+    ({CELL + "egress": {"allow": [SECRET]}}, {CELL + "egress": {"allow": [A | {"secret_headers": {"X": "OTHER"}}]}},
+     "loosened"),
+    ({CELL + "egress": {"allow": [SECRET]}}, {CELL + "egress": {"allow": [A | {"secret_headers": {"Y": "K"}}]}},
+     "loosened"),
+    ({CELL + "egress": {"allow": [SECRET, B]}}, {CELL + "egress": {"allow": [B]}}, "tightened"),
     ({}, {CELL + "calls_per_cell": 10}, "tightened"),
     ({CELL + "preload": ["numpy", "math"]}, {CELL + "preload": ["math"]}, "tightened"),
     ({CELL + "preload": ["numpy", "math"]}, {CELL + "preload": ["math", "numpy"]}, "same"),
@@ -47,6 +73,11 @@ TABLE = [
     ({}, {LIMITS + "tmpfs": "8MiB"}, "tightened"),
     ({}, {LIMITS + "output": "8KiB"}, "tightened"),
     ({}, {LIMITS + "flood": "8MiB"}, "tightened"),
+    ({}, {LIMITS + "files": 63}, "tightened"),
+    ({}, {LIMITS + "files_size": "7MiB"}, "tightened"),
+    ({}, {LIMITS + "files_depth": 7}, "tightened"),
+    ({}, {LIMITS + "files": 64, LIMITS + "files_size": "8MiB", LIMITS + "files_depth": 8}, "same"),
+    ({LIMITS + "tmpfs": "4MiB"}, {LIMITS + "tmpfs": "4MiB", LIMITS + "files_size": "4MiB"}, "same"),
     ({}, {LIMITS + "wall": "1s", LIMITS + "pids": 33}, "loosened"),
     ({}, {FREEZE + "refused_share": 0.05}, "tightened"),
     ({}, {FREEZE + "contained_share": 0.05}, "tightened"),
@@ -132,6 +163,35 @@ def test_a_profile_counts_by_what_it_is_and_not_by_its_name():
     assert compare(small(), renamed) == "same"
 
 
+class TestToolsThatShareCells:
+    """Two tools in one profile meet in its cells, and in an episode in its files."""
+
+    def policy(self, *tools, apart=False):
+        rules = [{"id": tool, "tool": tool, "then": "run", "sandbox": tool if apart else "both"} for tool in tools]
+        profile = {"image": "i:1", "mode": "episode"}
+        return small(tools__rules=rules, sandbox__profiles=dict.fromkeys([*tools] if apart else ["both"], profile))
+
+    def test_to_bring_them_together_loosens_and_so_does_to_part_them(self):
+        """Together they see each other's files; apart they have twice the cells."""
+        together, apart = self.policy("python", "sh"), self.policy("python", "sh", apart=True)
+        assert compare(apart, together) == compare(together, apart) == "loosened"
+        (first, _) = changes(apart, together)
+        assert str(first) == "loosened: tools.run.python.shares_cells_with from [] to ['sh']"
+
+    def test_a_tool_that_goes_tightens_for_those_that_shared_cells_with_it(self):
+        three, two = self.policy("exec", "python", "sh"), self.policy("exec", "python")
+        assert [str(change) for change in changes(three, two)] == ["tightened: tools.run.sh from run to deny"]
+        assert compare(two, three) == "loosened"
+
+
+def test_a_place_outside_is_named_with_its_secrets():
+    one, two = ({"sandbox__profiles__offline__egress": {"allow": [place]}} for place in (A, SECRET))
+    (change,) = changes(small(**one), small(**two))
+    assert str(change) == (
+        "loosened: tools.run.python.cell.egress from ['a.example.org:443'] to ['a.example.org:443 X=$K']"
+    )
+
+
 def test_a_change_says_what_changed_and_how():
     (change,) = changes(small(), small(sandbox__profiles__offline__limits__wall="5s"))
     assert str(change) == "loosened: tools.run.python.cell.limits.wall_s from 2.0 to 5.0"
@@ -165,6 +225,21 @@ NOT_COMPARABLE = {
     "promotion.panel.*.metric",
     "promotion.panel.*.good",
 }
+
+
+@pytest.mark.parametrize("key", [*_LATER[SANDBOX], *_LATER[*SANDBOX, "limits"]])
+def test_no_later_key_can_change_unseen(key):
+    """But for the queue, whatever differs in a new key is a change, in one direction or the other."""
+    other = {
+        "privileges": {CELL + "privileges": "strict"},
+        "queue": {CELL + "queue": 1},
+        "background": {CELL + "mode": "episode", CELL + "background": True},
+        "egress": {CELL + "egress": {"allow": [A]}},
+        "files": {LIMITS + "files": 65},
+        "files_mib": {LIMITS + "files_size": "9MiB"},
+        "files_depth": {LIMITS + "files_depth": 9},
+    }[key]
+    assert compare(small(), small(**other)) == ("same" if key == "queue" else "loosened")
 
 
 def test_every_key_has_been_thought_about():

@@ -8,9 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policy_kit import SMALL, edited, small
 
-from loopguard.policy.load import digest, load
+from loopguard.policy.load import _LATER, canonical, digest, load, shipped
 from loopguard.policy.schema import GuardPolicy
 from loopguard.policy.source import parse
+
+CELL = "sandbox__profiles__offline__"
+LIMITS = f"{CELL}limits__"
+SANDBOX = ("sandbox", "profiles", "*")
 
 
 def loaded(tmp_path, text):
@@ -66,6 +70,74 @@ def test_the_digest_is_stable_between_versions():
     """A run directory belongs to a digest. Where this fails, every run directory has to be adopted again: say so in the
     changelog."""
     assert digest(small()) == "6faf166c08a518251c7bd1e9708ccc5c50dbb84e3def0f7c4d915374ffd5060d"
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("toolformer", "2590ea32396234f5a209978813c30b0153462a5b6e886e587850a461da78c4d3"),
+        ("default", "654b83b70d1e6f13415d4a9066d33b993857c293172360a6437dee16ca4ecc46"),
+    ],
+)
+def test_an_upgrade_orphans_no_run(name, known):
+    """These policies had these digests before the format knew any of the later keys."""
+    assert load(shipped(name)).digest == known
+
+
+class TestLaterKeys:
+    """Keys that the format learned later are left out where they say what was done before, and only there."""
+
+    WRITTEN = {
+        CELL + "privileges": "multi",
+        CELL + "queue": 1000,
+        CELL + "background": False,
+        LIMITS + "files": 64,
+        LIMITS + "files_size": "8MiB",
+        LIMITS + "files_depth": 8,
+    }
+    OTHER = [
+        {CELL + "privileges": "strict"},
+        {CELL + "queue": 999},
+        {CELL + "queue": 0},
+        {CELL + "mode": "episode"},
+        {CELL + "mode": "episode", CELL + "background": True},
+        {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443}]}},
+        {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443, "secret_headers": {"X": "K"}}]}},
+        {LIMITS + "files": 1},
+        {LIMITS + "files_size": "1MiB"},
+        {LIMITS + "files_depth": 1},
+        {LIMITS + "files": 8, LIMITS + "files_depth": 64},
+    ]
+
+    def test_written_out_they_mean_the_same(self):
+        assert digest(small(**self.WRITTEN)) == digest(small())
+
+    def test_any_other_value_is_another_digest(self):
+        digests = [digest(small(**each)) for each in [{}, *self.OTHER]]
+        assert len(set(digests)) == len(digests)
+
+    @pytest.mark.parametrize("changes", [{}, WRITTEN, *OTHER])
+    def test_the_whole_policy_can_be_read_back(self, changes):
+        """What is left out can be filled in again, so no two policies share a digest."""
+        policy = small(**changes)
+        said = json.loads(canonical(policy))
+        for profile in said["sandbox"]["profiles"].values():
+            for section, way in ((profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits"))):
+                assert not [key for key, value in _LATER[way].items() if key in section and section[key] == value]
+                section |= {key: value for key, value in _LATER[way].items() if key not in section}
+        assert said == policy.model_dump(mode="json")
+
+    def test_a_profile_may_have_the_name_of_a_key(self):
+        profile = {"image": "i:1", "limits": {"files": 65}}
+        named = small(sandbox__profiles={"limits": profile, "files": profile}, tools__rules__0__sandbox="limits")
+        assert {*json.loads(canonical(named))["sandbox"]["profiles"]} == {"limits", "files"}
+
+    @pytest.mark.parametrize(("way", "before"), _LATER.items())
+    def test_a_policy_without_them_does_today_what_it_did(self, way, before):
+        """Where this fails, a default has changed. Leave the table as it is: then the digest changes with the meaning."""
+        profile = small().model_dump(mode="json")["sandbox"]["profiles"]["offline"]
+        section = profile["limits"] if way[-1] == "limits" else profile
+        assert {key: section[key] for key in before} == before
 
 
 def test_the_text_and_the_path_are_kept_as_they_were(tmp_path):

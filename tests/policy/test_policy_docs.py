@@ -8,6 +8,7 @@ import pytest
 from policy_kit import SMALL
 
 from loopguard.policy import explain, schema
+from loopguard.policy.load import _LATER
 from loopguard.policy.schema import GuardPolicy
 from loopguard.policy.source import parse
 
@@ -45,7 +46,7 @@ DEFAULTS = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| `([^`]*)` \|", PAGE, re.MULTI
 @pytest.mark.parametrize(
     ("section", "keys"),
     [
-        (schema.Profile, "mode runtime cells calls_per_cell"),
+        (schema.Profile, "mode runtime privileges cells queue background calls_per_cell"),
         (schema.Data, "overlap_ngram max_own_share"),
         (schema.Updates, "lease"),
         (schema.JumpRule, "threshold min_change window confirm warmup"),
@@ -54,7 +55,8 @@ DEFAULTS = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| `([^`]*)` \|", PAGE, re.MULTI
 )
 def test_the_tables_give_the_defaults_of_the_code(section, keys):
     for key in keys.split():
-        assert DEFAULTS[key] == str(section.model_fields[key].default), key
+        default = section.model_fields[key].default
+        assert DEFAULTS[key] == (str(default).lower() if isinstance(default, bool) else str(default)), key
 
 
 @pytest.mark.parametrize("section", [schema.CellLimits, schema.Audit])
@@ -62,3 +64,10 @@ def test_and_so_they_do_where_units_are_written(section):
     keys = [field.alias or key for key, field in section.model_fields.items()]
     written = parse("".join(f"{key}: {DEFAULTS[key]}\n" for key in keys), "docs").data
     assert section.model_validate_json(json.dumps(written)) == section()
+
+
+def test_the_keys_that_the_digest_leaves_out_are_named():
+    (said,) = re.findall(r"so a file\nwithout them keeps its digest: (.*?)\n\n", PAGE, re.DOTALL)
+    profile, limits = _LATER.values()
+    assert set(re.findall(r"`(?:\w+: )?(\w+)", said)) >= {"multi", "1000", "false", "egress", "64", "8MiB", "8"}
+    assert len(re.findall(r"`", said)) == 2 * (len(profile) + len(limits))

@@ -17,6 +17,25 @@ def test_a_sound_policy_has_none(findings):
     assert findings(text=SMALL) == []
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "egress: {allow: [{host: api.example.org, port: 443}]}",
+        "background: false",
+        "mode: episode",
+        "privileges: strict",
+        "queue: 0",
+    ],
+)
+def test_what_costs_nobody_anything_has_none(findings, lines):
+    assert findings(("      limits:", f"      {lines}\n      limits:")) == []
+
+
+def test_a_file_without_new_keys_gets_no_new_lint(findings):
+    """A default that does not fit is cut in silence: nobody who passes no files has to write about them."""
+    assert findings(("tmpfs: 16MiB", "tmpfs: 1MiB")) == []
+
+
 @pytest.mark.parametrize("pattern", ["__", r"\bimport\b", r"\bopen\s*\(", "(ab)+", "a+b+", r"\(a+\)+", "(a|b)*c"])
 def test_flat_patterns_have_none(findings, pattern):
     assert findings(("max_code_bytes: 400", f"max_code_bytes: 400\n      refuse_patterns: ['{pattern}']")) == []

@@ -12,15 +12,21 @@ from loopguard.types import ToolCall
 POLICIES = Path(__file__).parents[2] / "policies"
 
 
+# What a shipped policy gets a lint for, and says in its comments that it means.
+MEANT = {
+    "agent": ["what a call starts in the background outlives its wall limit, and only the end of the episode stops it"]
+}
+
+
 @pytest.mark.parametrize("path", sorted(POLICIES.iterdir()), ids=lambda path: path.name)
-def test_every_policy_loads_without_a_lint(path):
+def test_every_policy_loads_without_a_lint_that_it_does_not_mean(path):
     assert path.suffix == ".yaml"
-    assert check(path) == []
+    assert [finding.message for finding in check(path)] == MEANT.get(path.stem, [])
     assert load(path).policy.name == path.stem
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("name", ["default", "toolformer"])
+@pytest.mark.parametrize("name", ["agent", "default", "toolformer"])
 def test_shipped_policies_are_found_by_name(name):
     assert shipped(name) == POLICIES / f"{name}.yaml"
     assert load(shipped(name)).policy.name == name
@@ -38,7 +44,7 @@ def test_an_installed_package_finds_them_inside_itself(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tooformer", "../secrets", "", "/etc/passwd", "default.yaml"])
 def test_another_name_is_refused_with_the_ones_there_are(name):
-    with pytest.raises(PolicyError, match="there is default, toolformer"):
+    with pytest.raises(PolicyError, match="there is agent, default, toolformer"):
         shipped(name)
 
 
@@ -81,3 +87,30 @@ def test_the_default_runs_python_and_shell_and_nothing_else():
     policy = load(shipped("default")).policy
     verdicts = {tool: decide(policy, ToolCall(id="c", tool=tool, code="1")).allowed for tool in ("python", "sh", "sql")}
     assert verdicts == {"python": True, "sh": True, "sql": False}
+
+
+class TestAgent:
+    def test_it_runs_python_shell_and_programs_in_one_cell_for_each_rollout(self):
+        policy = load(shipped("agent")).policy
+        assert {rule.tool: (rule.then, rule.sandbox) for rule in policy.tools.rules} == dict.fromkeys(
+            ("python", "sh", "exec"), ("run", "rollout")
+        )
+        profile = policy.sandbox.profiles["rollout"]
+        assert (profile.mode, profile.background, profile.privileges, profile.egress) == (
+            "episode",
+            True,
+            "multi",
+            None,
+        )
+
+    def test_its_limits_are_generous(self):
+        limits = load(shipped("agent")).policy.sandbox.profiles["rollout"].limits
+        assert (limits.wall_s, limits.memory_mib, limits.tmpfs_mib) == (60.0, 512, 128)
+        assert (limits.output_kib, limits.flood_mib) == (10 * 1024, 256)
+        assert (limits.files, limits.files_mib, limits.files_depth) == (1000, 32, 16)
+
+    def test_every_key_of_a_profile_that_may_matter_is_written_down(self):
+        """A reader sees what an agent may do without looking a default up, but for what it has none of."""
+        profile = load(shipped("agent")).policy.sandbox.profiles["rollout"]
+        assert {*type(profile).model_fields} - profile.model_fields_set == {"egress", "calls_per_cell"}
+        assert profile.limits.model_fields_set == {*type(profile.limits).model_fields}

@@ -100,10 +100,10 @@ def until(what: Callable[[], bool], *, within_s: float = 30) -> bool:
     return what()
 
 
-def controller(body: str) -> subprocess.Popen[str]:
+def controller(body: str, *, options: str = "") -> subprocess.Popen[str]:
     """A process of its own with a started Bench called `bench`, doing `body`."""
     indented = "".join(f"    {line}\n" for line in body.splitlines())
-    code = f"import os, sys, time\nfrom sandbox_kit import *\nwith Bench() as bench:\n{indented}"
+    code = f"import os, sys, time\nfrom sandbox_kit import *\nwith Bench({options}) as bench:\n{indented}"
     return subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.PIPE,

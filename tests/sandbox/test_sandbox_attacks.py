@@ -6,6 +6,8 @@ import socket
 
 import pytest
 
+from loopguard.errors import CallError
+
 pytestmark = pytest.mark.docker
 
 TREES = {
@@ -435,11 +437,11 @@ class TestBehaviour:
 
     def test_too_much_to_send_harms_no_cell(self, bench):
         """More than a cell takes is refused before a cell is touched."""
-        from loopguard.errors import SandboxUnavailableError
-
         removed = len(bench.reasons())
-        with pytest.raises(SandboxUnavailableError, match="16 MiB of code and input at most, not 17"):
-            bench.run("pass", stdin=bytes(17 << 20))
+        with pytest.raises(CallError, match="16 MiB of code at most, not 17"):
+            bench.run("#" * (17 << 20))
+        with pytest.raises(CallError, match="256 MiB of standard input at most, not 257"):
+            bench.run("pass", stdin=bytes(257 << 20))
         assert len(bench.reasons()) == removed
 
     def test_bytes_come_back_as_they_were_written(self, bench):

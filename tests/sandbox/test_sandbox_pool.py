@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sandbox_kit import make_call, until
 
-from loopguard.errors import SandboxError, SandboxUnavailableError
+from loopguard.errors import SandboxBusyError, SandboxError, SandboxUnavailableError
 from loopguard.sandbox import pool as pool_module
 from loopguard.sandbox.pool import Pool
 from loopguard.types import Outcome
@@ -24,9 +24,10 @@ class FakeCell:
         self.shop = shop
         self.killed = threading.Event()
         self.doubt = ""
+        self.strange = False
 
-    def alive(self) -> bool:
-        return not self.dead
+    def resting(self) -> bool:
+        return not (self.dead or self.doubt)
 
     def call(self, call):
         self.calls += 1
@@ -44,12 +45,16 @@ class FakeCell:
             assert self.killed.wait(30)
             raise SandboxUnavailableError(self.why)
         self.doubt = "not clean: a file was left" if call.code == "dirty" else ""
+        self.strange = call.code == "strange"
         return Outcome(call_id=call.id, status="ok", exit_code=0)
 
+    def spent(self) -> str:
+        return "recycled" if self.calls >= self.shop.calls_per_cell else ""
+
     def settle(self) -> str:
-        if self.shop.ran[-1][0] == "strange":
-            raise ValueError("what is this?")
-        return self.doubt
+        if self.strange:
+            raise KeyboardInterrupt
+        return "lost" if self.dead else self.doubt
 
     def kill(self, why: str) -> None:
         self.why = why
@@ -67,6 +72,7 @@ class Shop:
         self.ran: list[tuple[str, FakeCell]] = []
         self.away = ""
         self.strange = False
+        self.calls_per_cell = 100
         self.inside = threading.Semaphore(0)
         self.go = threading.Event()
 
@@ -92,8 +98,8 @@ def build(shop):
     """Makes started pools and closes them."""
     pools = []
 
-    def make_pool(*, size=1, calls_per_cell=100, wait_s=20.0):
-        pools.append(Pool(shop.make, size=size, calls_per_cell=calls_per_cell, wait_s=wait_s))
+    def make_pool(*, size=1, queue=1000, wait_s=20.0):
+        pools.append(Pool(shop.make, size=size, queue=queue, wait_s=wait_s))
         pools[-1].start()
         return pools[-1]
 
@@ -134,17 +140,20 @@ def test_an_interrupted_call_costs_its_cell(build, shop):
     assert until(lambda: shop.made[0].ended == "abandoned")
 
 
-def test_a_broom_that_breaks_costs_the_cell_only(build, shop):
-    """An error nobody thought of while cleaning is a doubt like any other."""
+def test_an_interrupt_while_a_cell_is_cleaned_costs_that_cell(build, shop):
+    """Ctrl-C in a caller that waits for the cell to be clean leaves no hole either."""
     pool = build()
     assert pool.run(make_call("strange")).ok
-    assert until(lambda: shop.made[0].ended == "not clean: what is this?")
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(make_call("ok"))
+    assert until(lambda: shop.made[0].ended == "abandoned")
     assert pool.run(make_call("ok")).ok
 
 
 def test_a_cell_is_recycled_after_its_calls(build, shop):
     """The number of calls in one cell is bounded."""
-    pool = build(calls_per_cell=3)
+    shop.calls_per_cell = 3
+    pool = build()
     for _ in range(7):
         pool.run(make_call("ok"))
     assert until(lambda: [cell.ended for cell in shop.made] == ["recycled", "recycled", ""])
@@ -173,6 +182,70 @@ def test_a_cell_that_ended_while_idle_is_replaced_unseen(build, shop):
     assert pool.run(make_call("ok")).ok
     assert until(lambda: [cell.ended for cell in shop.made[:2]] == ["lost", "lost"])
     assert until(lambda: len(shop.living()) == 2)
+
+
+def test_nobody_has_to_call_for_idle_cells_to_be_looked_after(build, shop, monkeypatch):
+    """A cell that ended, or came out dirty, is replaced while nobody calls."""
+    monkeypatch.setattr(pool_module, "_LOOK_S", 0.01)
+    pool = build(size=2)
+    shop.made[0].dead = True
+    assert until(lambda: shop.made[0].ended == "lost" and len(shop.living()) == 2)
+    pool.run(make_call("dirty"))
+    assert until(lambda: sum(cell.ended == "not clean: a file was left" for cell in shop.made) == 1)
+    assert until(lambda: len(shop.living()) == 2)
+
+
+def test_it_grows_while_callers_wait_and_shrinks_when_they_are_gone(build, shop, monkeypatch):
+    """Two cells at first, as many as the limit under load, two again after a while."""
+    monkeypatch.setattr(pool_module, "_LOOK_S", 0.01)
+    monkeypatch.setattr(pool_module, "_KEEP_S", 0.05)
+    pool = build(size=5)
+    assert len(shop.living()) == 2
+    with ThreadPoolExecutor(9) as threads:
+        calls = [threads.submit(pool.run, make_call("wait")) for _ in range(9)]
+        for _ in range(5):
+            shop.inside.acquire()
+        assert len(shop.living()) == 5
+        shop.go.set()
+        assert all(call.result().ok for call in calls)
+    assert until(lambda: len(shop.living()) == 2)
+    assert [cell.ended for cell in shop.made if cell.ended] == ["idle"] * 3
+
+
+def test_a_full_queue_is_said_at_once(build, shop):
+    """Who comes when as many wait as may is told so instead of waiting; nothing ran for them."""
+    pool = build(queue=2)
+    with ThreadPoolExecutor(3) as threads:
+        calls = [threads.submit(pool.run, make_call("wait"))]
+        shop.inside.acquire()
+        calls += [threads.submit(pool.run, make_call("ok")) for _ in range(2)]
+        assert until(lambda: len(pool._waiting) == 2)
+        with pytest.raises(SandboxBusyError, match="2 callers wait: try again later"):
+            pool.run(make_call("too late"))
+        shop.go.set()
+        assert all(call.result().ok for call in calls)
+    assert "too late" not in [code for code, _ in shop.ran]
+
+
+def test_one_call_can_be_ended_alone(build, shop):
+    """By its id, whether it runs or waits; the others go on."""
+    pool = build()
+    running, waiting, third = make_call("hang"), make_call("ok"), make_call("ok")
+    with ThreadPoolExecutor(3) as threads:
+        first = threads.submit(pool.run, running)
+        shop.inside.acquire()
+        others = []
+        for number, call in enumerate((waiting, third), 1):
+            others.append(threads.submit(pool.run, call))
+            assert until(lambda number=number: len(pool._waiting) == number)
+        assert pool.kill(waiting.id, "the caller went away")
+        with pytest.raises(SandboxUnavailableError, match="the caller went away"):
+            others[0].result()
+        assert pool.kill(running.id, "the caller went away")
+        with pytest.raises(SandboxUnavailableError, match="the caller went away"):
+            first.result()
+        assert others[1].result().ok
+        assert not pool.kill("nobody", "why")
 
 
 def test_an_engine_that_went_away_is_reported_and_comes_back(build, shop):
@@ -219,7 +292,7 @@ def test_a_strange_error_of_the_maker_leaves_nobody_waiting(build, shop):
 def test_a_start_that_fails_says_why(shop):
     """`start` raises what the maker raised."""
     shop.away = "the image is not here"
-    pool = Pool(shop.make, size=3, calls_per_cell=9, wait_s=1)
+    pool = Pool(shop.make, size=3, queue=9, wait_s=1)
     with pytest.raises(SandboxUnavailableError, match="the image is not here"):
         pool.start()
     pool.close()
@@ -290,7 +363,8 @@ def test_an_interrupted_waiter_leaves_no_hole(build, shop, monkeypatch):
 
 def test_a_storm_loses_no_cell(build, shop):
     """Sixteen threads, cells that die and come out dirty all the time: the accounts are right in the end."""
-    pool = build(size=3, calls_per_cell=7)
+    shop.calls_per_cell = 7
+    pool = build(size=3)
 
     def go(number):
         code = "lost" if number % 11 == 0 else "dirty" if number % 7 == 0 else "ok"
@@ -301,7 +375,7 @@ def test_a_storm_loses_no_cell(build, shop):
 
     with ThreadPoolExecutor(16) as threads:
         assert all(threads.map(go, range(600)))
-    assert until(lambda: len(pool._idle) == 3)
-    assert (pool._coming, pool._running, pool._swept) == (0, set(), set())
-    assert len(shop.living()) == 3
+    assert until(lambda: (pool._coming, pool._taken, pool._swept) == (0, {}, set()))
+    assert len(pool._idle) == len(shop.living())
+    assert 2 <= len(shop.living()) <= 3
     assert all(cell.calls <= 7 for cell in shop.made)

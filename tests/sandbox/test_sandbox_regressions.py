@@ -61,13 +61,15 @@ def test_a_dirty_cell_is_told_as_dirty(bench_events):
     bench = bench_events
     assert bench.run("a = []\nwhile True: a.append(bytearray(8 << 20))").status == "oom"
     assert until(lambda: bench.reasons() == ["dirty"])
-    assert [body["detail"] for name, body in bench.events if name == "sandbox.removed"] == ["memory limit reached"]
+    assert [body["detail"] for name, body in bench.events if name == "sandbox.removed"] == [
+        "the memory limit was reached"
+    ]
 
 
 @pytest.mark.docker
 def test_facts_hold_what_the_engine_applied(bench_events):
     """The audit log can say under which settings a call ran."""
-    settings = bench_events.runtime.facts()["settings"]
+    settings = bench_events.runtime.facts()["settings"]["engine"]
     assert (settings["NetworkMode"], settings["CapDrop"], settings["ReadonlyRootfs"]) == ("none", ["ALL"], True)
 
 
