@@ -342,8 +342,16 @@ class Service:
             raise
 
     async def _health(self, _request: Request) -> Response:
-        state = "closing" if self.closing else "frozen" if self._station.frozen else "serving"
+        state = "closing" if self.closing else await asyncio.to_thread(self._standing)
         return JSONResponse({"status": state}, 200 if state == "serving" else 503)
+
+    def _standing(self) -> str:
+        # Looking takes in requests from outside and may record a freeze, so it is no work for the event loop.
+        try:
+            return "frozen" if self._station.frozen else "serving"
+        except AuditError as error:
+            _LOG.error("%s", error)
+            return "failing"
 
 
 class _Server(uvicorn.Server):

@@ -30,7 +30,7 @@ from loopguard.errors import (
 )
 from loopguard.service import Service, answer
 from loopguard.state import set_latch
-from loopguard.testing import fake_runtimes
+from loopguard.testing import FakeRuntime
 from loopguard.types import Outcome
 
 POLICY = """
@@ -77,18 +77,37 @@ class Lab:
         self.policy = tmp_path / "policy.yaml"
         self.policy.write_text(POLICY)
         self.calls = []
+        self.killed = threading.Event()
+        self.free = threading.Event()
         self.respond = lambda call: "hello\n"
         self.token = None
         self.grace_s = 3.0
 
-    def _respond(self, call):
-        self.calls.append(call)
-        return self.respond(call)
+    def hang(self, call):
+        """An answer that comes when it is let free, or when it is killed."""
+        while not self.free.wait(0.01):
+            if self.killed.is_set():
+                return SandboxUnavailableError("killed")
+        return "done"
+
+    def _runtime(self, *_):
+        lab = self
+
+        class Runtime(FakeRuntime):
+            def kill(self, call_id, why):
+                lab.killed.set()
+                return True
+
+        def respond(call):
+            self.calls.append(call)
+            return self.respond(call)
+
+        return Runtime(respond)
 
     @contextmanager
     def serving(self):
         with (
-            ToolStation.open(self.policy, run_dir=self.run_dir, runtimes=fake_runtimes(self._respond)) as self.station,
+            ToolStation.open(self.policy, run_dir=self.run_dir, runtimes=self._runtime) as self.station,
             socket.create_server(("127.0.0.1", 0)) as listener,
         ):
             self.port = listener.getsockname()[1]
@@ -128,8 +147,20 @@ class Lab:
         body = HELLO | fields if body is None else body
         return self.ask("POST", "/run_code", json.dumps(body) if isinstance(body, dict) else body, headers)
 
+    @contextmanager
+    def asking(self, **fields):
+        """A call that has reached its cell; at the end, its answer."""
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(self.run(**fields)))
+        thread.start()
+        try:
+            until(lambda: self.calls)
+            yield answers
+        finally:
+            thread.join(20)
+
     def entries(self, *types):
-        return list(read.entries(self.run_dir, "serve", types=types))
+        return list(read.entries(self.run_dir, types=types))
 
 
 @pytest.fixture
@@ -426,29 +457,20 @@ class TestABusyService:
         answered = served.run()
         assert (answered.status, answered.headers["Retry-After"]) == (504, "1")
 
-    def test_says_504_before_the_client_stops_listening(self, served, monkeypatch):
+    def test_says_504_before_the_client_stops_listening_and_ends_the_call(self, served, monkeypatch):
         monkeypatch.setattr(services, "_SLACK_S", 0.1)
-        free = threading.Event()
-        served.respond = lambda call: "late" if free.wait(10) else "never"
-        try:
-            assert served.run(run_timeout=0.1, compile_timeout=0).status == 504
-        finally:
-            free.set()
+        served.respond = served.hang
+        assert served.run(run_timeout=0.1, compile_timeout=0).status == 504
+        assert served.killed.is_set()
+        assert [entry.body["reason"] for entry in served.entries("tool.lost")] == ["killed"]
 
     def test_says_504_where_large_requests_pile_up(self, served, monkeypatch):
         monkeypatch.setattr(services, "_HELD_MIB", 1)
-        free = threading.Event()
-        served.respond = lambda call: "done" if free.wait(10) else "never"
+        served.respond = served.hang
         large = {"stdin": "x" * 700_000}
-        answers = []
-        first = threading.Thread(target=lambda: answers.append(served.run(**large)))
-        first.start()
-        try:
-            until(lambda: served.calls)
+        with served.asking(**large) as answers:
             assert served.run(**large).status == 504
-        finally:
-            free.set()
-            first.join()
+            served.free.set()
         assert answers[0].status == 200
         assert served.service._held == 0
 
@@ -464,24 +486,14 @@ class TestTrouble:
         assert "secret detail" in str(record.exc_info[1])
         assert served.run().status == 500
 
-    def test_a_client_that_goes_away_takes_its_call_with_it(self, served, monkeypatch):
-        cancelled = threading.Event()
-        running = threading.Event()
-
-        async def arun(call):
-            running.set()
-            try:
-                await asyncio.sleep(20)
-            except asyncio.CancelledError:
-                cancelled.set()
-                raise
-
-        monkeypatch.setattr(served.station, "arun", arun, raising=True)
+    def test_a_client_that_goes_away_takes_its_call_with_it(self, served):
+        served.respond = served.hang
         leaving = served.connection()
         leaving.request("POST", "/run_code", json.dumps(HELLO), JSON)
-        assert running.wait(5)
+        until(lambda: served.calls)
         leaving.close()
-        assert cancelled.wait(5)
+        until(lambda: served.entries("tool.lost"))
+        assert served.killed.is_set()
 
     def test_a_frozen_run_directory_refuses_every_call_and_says_so(self, lab):
         with lab.serving():
@@ -496,33 +508,20 @@ class TestTrouble:
 
 class TestGoingDown:
     def test_waits_for_calls_that_end_within_the_grace(self, lab):
-        free = threading.Event()
-        lab.respond = lambda call: "done" if free.wait(10) else "never"
-        with lab.serving():
-            answers = []
-            asking = threading.Thread(target=lambda: answers.append(lab.run()))
-            asking.start()
-            until(lambda: lab.calls)
+        lab.respond = lab.hang
+        with lab.serving(), lab.asking() as answers:
             lab.stop()
             until(lambda: lab.service.closing)
-            free.set()
-            asking.join(10)
+            lab.free.set()
         assert answers[0].json["run_result"]["stdout"] == "done"
+        assert not lab.killed.is_set()
 
     def test_ends_the_rest_with_an_answer(self, lab):
         lab.grace_s = 0.2
-        free = threading.Event()
-        lab.respond = lambda call: "done" if free.wait(10) else "never"
-        with lab.serving():
-            answers = []
-            asking = threading.Thread(target=lambda: answers.append(lab.run()))
-            asking.start()
-            until(lambda: lab.calls)
+        lab.respond = lab.hang
+        with lab.serving(), lab.asking() as answers:
             lab.stop()
-            try:
-                asking.join(10)
-            finally:
-                free.set()
+        assert lab.killed.is_set()
         assert answers[0].json["status"] == "SandboxError"
         assert "going down" in answers[0].json["message"]
 

@@ -48,7 +48,7 @@ def serve(
     import logging
 
     from loopguard.controller.station import ToolStation
-    from loopguard.errors import InterruptedLoop
+    from loopguard.errors import PolicyMismatchError
     from loopguard.service import Service
 
     held = _token(token, token_file)
@@ -60,15 +60,19 @@ def serve(
     # Until calls are taken, a SIGTERM unwinds what is half open.
     before = signal.signal(signal.SIGTERM, _leave)
     try:
-        with _listener(host, port) as listener, ToolStation.open(policy, run_dir=run_dir) as station:
+        # The token is not part of what is recorded of the command.
+        command = ["serve", "--policy", str(policy), "--run-dir", str(run_dir), "--host", host, "--port", str(port)]
+        with _listener(host, port) as listener, ToolStation.open(policy, run_dir=run_dir, command=command) as station:
             logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="loopguard: %(message)s")
             if station.frozen:
                 print(f"loopguard: {run_dir} is frozen: every call is refused until it is resumed", file=sys.stderr)
-            interrupted = asyncio.run(_until_stopped(Service(station, token=held), listener))
+            if asyncio.run(_until_stopped(Service(station, token=held), listener)):
+                raise KeyboardInterrupt
+    except PolicyMismatchError as error:
+        said = f"{run_dir} belongs to another guard policy, or to another version of this one; take another --run-dir"
+        raise PolicyMismatchError([f"loopguard: {said}"]) from error
     finally:
         signal.signal(signal.SIGTERM, before)
-    if interrupted:
-        raise InterruptedLoop("interrupted; every call is answered, and the record is whole")
 
 
 async def _until_stopped(service: Service, listener: socket.socket) -> bool:

@@ -332,7 +332,7 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
                 )
             case "output_limit":
                 raise OutputLimitExceededError(f"{self._used.limits.flood_mib} MiB", stdout + stderr)
-            case "oom" if not ended_by_itself:
+            case "oom" if outcome.exit_code is None:
                 stderr += f"loopguard: ended at the memory limit of {self._used.limits.memory_mib} MiB\n"
             case _:
                 pass

@@ -856,7 +856,11 @@ class Watch:
             self.cell.kill(self.call.uid)
             left_s = 0.02
         if self.orphan is not None:
-            pid, status = os.waitpid(self.orphan, os.WNOHANG)
+            try:
+                pid, status = os.waitpid(self.orphan, os.WNOHANG)
+            except ChildProcessError:
+                # The zygote knew how it ended, and took that along.
+                os._exit(ZYGOTE_DIED)
             if pid:
                 return status, 0
             left_s = 0.005
@@ -892,6 +896,9 @@ class Watch:
         if self.child is None:
             # Nobody can say how the call ends, so there must be no result.
             os._exit(ZYGOTE_DIED)
+        # In a strict cell the zygote goes with its call. Once it is gone for good, the call is a child of ours.
+        os.waitpid(self.cell.zygote, 0)
+        self.cell.zygote = -1
         self.poll.unregister(self.cell.channel)
         self.orphan = self.child
         return None

@@ -176,7 +176,7 @@ def serving(tmp_path, *words, program=("-c", WITHOUT_CELLS), env=None):
 
 def wait_for_call(run_dir):
     deadline = time.monotonic() + 10
-    while not any(read.entries(run_dir, "serve", types=["tool.decided"])):
+    while not any(read.entries(run_dir, types=["tool.decided"])):
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
@@ -193,6 +193,15 @@ class TestARunningService:
             code, out, err = served.end(signal.SIGINT)
         assert (code, out) == (130, "")
         assert "interrupted" in one_line(err)
+        assert any(read.entries(tmp_path / "run", types=["run.interrupted"]))
+
+    def test_another_policy_on_the_same_directory_is_3(self, tmp_path, capsys):
+        with serving(tmp_path) as served:
+            served.end(signal.SIGTERM)
+        other = tmp_path / "policy.yaml"
+        other.write_text(DEFAULT.read_text().replace("max_code_bytes: 4096", "max_code_bytes: 2048"))
+        assert loopguard("--policy", other, "--run-dir", tmp_path / "run", "--port", 0) == 3
+        assert "take another --run-dir" in one_line(capsys.readouterr().err)
 
     def test_lets_a_call_end_that_runs_when_sigterm_comes(self, tmp_path):
         with serving(tmp_path) as served:
@@ -200,6 +209,7 @@ class TestARunningService:
             wait_for_call(tmp_path / "run")
             served.process.send_signal(signal.SIGTERM)
             assert json.loads(asking.getresponse().read())["run_result"]["stdout"] == "done"
+            asking.close()
             assert served.end()[0] == 0
 
     def test_a_second_on_the_same_directory_is_busy(self, tmp_path):
@@ -218,6 +228,7 @@ class TestARunningService:
                 assert served.ask(token=TOKEN) == (200, "pong")
                 code, out, err = served.end(signal.SIGTERM)
             assert (code, out, err) == (0, "", "")
+            assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and TOKEN in path.read_text()]
 
     def test_says_that_a_token_on_the_command_line_is_seen(self, tmp_path):
         with serving(tmp_path, "--token", TOKEN) as served:

@@ -17,13 +17,6 @@ import pytest
 
 pytest.importorskip("inspect_ai", reason="this is about inspect_ai: pip install 'loopguard[inspect]'")
 
-from inspect_ai import Task
-from inspect_ai import eval as run_eval
-from inspect_ai.dataset import Sample
-from inspect_ai.model import ModelOutput, get_model
-from inspect_ai.scorer import includes
-from inspect_ai.solver import generate, use_tools
-from inspect_ai.tool import bash, python
 from inspect_ai.util import OutputLimitExceededError, SandboxUnavailableError, SandboxUserUnsupportedError
 from inspect_ai.util._sandbox import self_check
 from inspect_ai.util._sandbox.limits import override_max_exec_output_size, override_max_read_file_size
@@ -35,7 +28,7 @@ from loopguard.audit.verify import verify
 from loopguard.integrations import inspect_ai as provider
 from loopguard.integrations.inspect_ai import LoopGuardSandboxEnvironment
 from loopguard.policy.load import shipped
-from loopguard.state import submit
+from loopguard.state import run_facts, submit
 from loopguard.testing import FakeRuntime, printed
 from loopguard.types import Outcome
 
@@ -164,8 +157,8 @@ class TestExec:
             ({"status": "nonzero_exit", "exit_code": 127, "stderr": b"x: No such file or directory\n"}, 127, None),
             ({"status": "nonzero_exit", "exit_code": 126, "stderr": b"sh: 1: x: Permission denied\n"}, 126, None),
             ({"status": "signal", "signal": 15}, 143, ""),
-            ({"status": "oom", "signal": 9}, 137, ""),
-            ({"status": "oom"}, 137, "loopguard: ended at the memory limit of 256 MiB\n"),
+            ({"status": "oom", "signal": 9}, 137, "loopguard: ended at the memory limit of 256 MiB\n"),
+            ({"status": "oom", "exit_code": 1, "stderr": b"MemoryError\n"}, 1, None),
             ({"status": "disk_limit", "exit_code": 1, "stderr": b"No space\xff\n"}, 1, "No space\ufffd\n"),
         ],
         ids=lambda value: value if isinstance(value, str) else None,
@@ -497,18 +490,57 @@ class TestLifetimes:
         assert provider._profile_of(loaded.policy, path=loaded.path) in loaded.policy.sandbox.profiles
 
 
-def tool_calls(*calls):
-    """A model that makes these calls, one after the other, and then says what the last one printed."""
-    outputs = [ModelOutput.for_tool_call("mockllm/model", name, arguments) for name, arguments in calls]
-    return get_model("mockllm/model", custom_outputs=[*outputs, ModelOutput.from_content("mockllm/model", "done")])
+MODEL_WITH_TOOLS = """
+from inspect_ai import Task, eval
+from inspect_ai.dataset import Sample
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
+from inspect_ai.solver import generate, use_tools
+from inspect_ai.tool import bash, python
+
+shell = "cat given.txt set-up > note; id -u; ls given.txt; wc -l < /proc/net/dev"
+outputs = [
+    ModelOutput.for_tool_call("mockllm/model", "bash", {"command": shell}),
+    ModelOutput.for_tool_call("mockllm/model", "python", {"code": "print(open('note').read().upper())"}),
+    ModelOutput.from_content("mockllm/model", "done"),
+]
+for output in outputs:
+    output.usage = ModelUsage()  # counted by inspect otherwise, with a table that it fetches from the network
+task = Task(
+    dataset=[Sample(input="go", files={"given.txt": "from the sample "}, setup="echo set-up > set-up")],
+    solver=[use_tools(bash(timeout=30), python(timeout=30)), generate()],
+    sandbox="loopguard",
+)
+[log] = eval(task, model=get_model("mockllm/model", custom_outputs=outputs), display="none")
+"""
+AROUND = """
+import json
+import loopguard.integrations.inspect_ai
+{}
+tools = [message for sample in log.samples or [] for message in sample.messages if message.role == "tool"]
+told = [message.error.message if message.error else message.text for message in tools]
+print(json.dumps({{"status": log.status, "error": str(log.error), "told": told}}))
+"""
+
+
+def evaluate(script, place):
+    """What an evaluation came to, in a process of its own: inspect leaves streams behind that it never closes."""
+    environment = os.environ | {"LOOPGUARD_RUN_DIR": str(place / "run"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AROUND.format(script)]
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory):
     """One environment for all of the suite, as inspect's own runner has it."""
     with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
-        patch.setenv("LOOPGUARD_RUN_DIR", str(tmp_path_factory.mktemp("inspect") / "run"))
-        opened = one_sample(None)
+        folder = tmp_path_factory.mktemp("inspect")
+        patch.setenv("LOOPGUARD_RUN_DIR", str(folder / "run"))
+        policy = folder / "policy.yaml"
+        # The suite passes a megabyte of arguments, of which the policy that ships takes a quarter.
+        policy.write_text(shipped("agent").read_text(encoding="utf-8").replace("      max_code_bytes: 262144\n", ""))
+        opened = one_sample(str(policy))
         environment = runner.run(opened.__aenter__())
         yield lambda check: runner.run(check(environment))
         runner.run(opened.__aexit__(None, None, None))
@@ -525,27 +557,27 @@ class TestInCells:
             request.applymarker(pytest.mark.xfail(raises=SandboxUserUnsupportedError, strict=True))
         sample(getattr(self_check, name))
 
-    @pytest.mark.filterwarnings("default::DeprecationWarning")  # inspect's own, of a library that it uses
-    def test_a_model_uses_inspects_tools_in_its_cell(self, tmp_path, monkeypatch):
+    def test_a_model_uses_inspects_tools_in_its_cell(self, tmp_path):
         """What `bash` wrote `python` reads, the sample's file is there, and the audit log has it all and verifies."""
-        run = tmp_path / "run"
-        monkeypatch.setenv("LOOPGUARD_RUN_DIR", str(run))
-        task = Task(
-            dataset=[Sample(input="go", target="done", files={"given.txt": "from the sample"}, setup="touch set-up")],
-            solver=[use_tools(bash(timeout=30), python(timeout=30)), generate()],
-            scorer=includes(),
-            sandbox="loopguard",
-        )
-        model = tool_calls(
-            ("bash", {"command": "cat given.txt > note; ls set-up >> note; id -u; cat /proc/net/dev | wc -l"}),
-            ("python", {"code": "print(open('note').read().upper())"}),
-        )
-        (log,) = run_eval(task, model=model, log_dir=str(tmp_path / "logs"), display="none")
-        assert log.status == "success", log.error
-        tools = [message for message in log.samples[0].messages if message.role == "tool"]
-        assert [message.error for message in tools] == [None, None]
-        assert tools[0].text.split()[0] != "0"
-        assert tools[1].text.split() == ["FROM", "THE", "SAMPLESET-UP"]
-        decided = list(read.entries(run, types=("tool.decided",)))
-        assert sum("given.txt > note" in entry.body["code_head"] for entry in decided) == 1
-        assert verify(run).status in {"ok", "unanchored"}
+        said = evaluate(MODEL_WITH_TOOLS, tmp_path)
+        assert said["status"] == "success", said
+        first, second = said["told"]
+        user, note, interfaces = first.split()
+        assert user != "0"
+        assert (note, interfaces) == ("given.txt", "3")  # two lines of header, and the loopback
+        assert second.split() == ["FROM", "THE", "SAMPLE", "SET-UP"]
+        decided = list(read.entries(tmp_path / "run", types=("tool.decided",)))
+        assert sum("cat given.txt" in entry.body["code_head"] for entry in decided) == 1
+        assert verify(tmp_path / "run").status in {"ok", "unanchored"}
+        mine = f"label=loopguard.run={run_facts(tmp_path / 'run')['id']}"
+        left = subprocess.run(["docker", "ps", "-aq", "--filter", mine], capture_output=True, timeout=20, check=True)
+        assert left.stdout == b""
+
+    def test_the_example_of_the_documentation_runs(self, tmp_path):
+        """As it stands there, without a key and without a network."""
+        page = (ROOT / "docs" / "inspect_ai.md").read_text(encoding="utf-8")
+        example = page.split("```python\n", 1)[1].split("```", 1)[0]
+        (tmp_path / "numbers.py").write_text(example)
+        script = "from inspect_ai import eval\nfrom numbers_task import primes\n[log] = eval(primes())"
+        (tmp_path / "numbers_task.py").write_text(example)
+        assert evaluate(script, tmp_path)["status"] == "success"

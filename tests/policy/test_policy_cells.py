@@ -71,7 +71,7 @@ def test_every_key_of_a_profile_reaches_the_cell():
 
 
 def test_no_key_is_left_behind():
-    """A profile and a cell's spec have the same keys, so that one of them cannot learn what the other never hears of."""
+    """A profile and a cell's spec have the same keys, so that neither learns what the other never hears of."""
     assert {*Profile.model_fields} == {field.name for field in dataclasses.fields(CellSpec)}
 
 

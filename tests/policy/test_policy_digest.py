@@ -84,36 +84,37 @@ def test_an_upgrade_orphans_no_run(name, known):
     assert load(shipped(name)).digest == known
 
 
+WRITTEN = {
+    CELL + "privileges": "multi",
+    CELL + "queue": 1000,
+    CELL + "background": False,
+    LIMITS + "files": 64,
+    LIMITS + "files_size": "8MiB",
+    LIMITS + "files_depth": 8,
+}
+OTHER = [
+    {CELL + "privileges": "strict"},
+    {CELL + "queue": 999},
+    {CELL + "queue": 0},
+    {CELL + "mode": "episode"},
+    {CELL + "mode": "episode", CELL + "background": True},
+    {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443}]}},
+    {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443, "secret_headers": {"X": "K"}}]}},
+    {LIMITS + "files": 1},
+    {LIMITS + "files_size": "1MiB"},
+    {LIMITS + "files_depth": 1},
+    {LIMITS + "files": 8, LIMITS + "files_depth": 64},
+]
+
+
 class TestLaterKeys:
     """Keys that the format learned later are left out where they say what was done before, and only there."""
 
-    WRITTEN = {
-        CELL + "privileges": "multi",
-        CELL + "queue": 1000,
-        CELL + "background": False,
-        LIMITS + "files": 64,
-        LIMITS + "files_size": "8MiB",
-        LIMITS + "files_depth": 8,
-    }
-    OTHER = [
-        {CELL + "privileges": "strict"},
-        {CELL + "queue": 999},
-        {CELL + "queue": 0},
-        {CELL + "mode": "episode"},
-        {CELL + "mode": "episode", CELL + "background": True},
-        {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443}]}},
-        {CELL + "egress": {"allow": [{"host": "a.example.org", "port": 443, "secret_headers": {"X": "K"}}]}},
-        {LIMITS + "files": 1},
-        {LIMITS + "files_size": "1MiB"},
-        {LIMITS + "files_depth": 1},
-        {LIMITS + "files": 8, LIMITS + "files_depth": 64},
-    ]
-
     def test_written_out_they_mean_the_same(self):
-        assert digest(small(**self.WRITTEN)) == digest(small())
+        assert digest(small(**WRITTEN)) == digest(small())
 
     def test_any_other_value_is_another_digest(self):
-        digests = [digest(small(**each)) for each in [{}, *self.OTHER]]
+        digests = [digest(small(**each)) for each in [{}, *OTHER]]
         assert len(set(digests)) == len(digests)
 
     @pytest.mark.parametrize("changes", [{}, WRITTEN, *OTHER])
@@ -134,7 +135,7 @@ class TestLaterKeys:
 
     @pytest.mark.parametrize(("way", "before"), _LATER.items())
     def test_a_policy_without_them_does_today_what_it_did(self, way, before):
-        """Where this fails, a default has changed. Leave the table as it is: then the digest changes with the meaning."""
+        """Where this fails, a default has changed. Leave the table alone: then the digest changes with the meaning."""
         profile = small().model_dump(mode="json")["sandbox"]["profiles"]["offline"]
         section = profile["limits"] if way[-1] == "limits" else profile
         assert {key: section[key] for key in before} == before

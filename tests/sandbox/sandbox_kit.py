@@ -40,9 +40,9 @@ def make_spec(**changes: Any) -> CellSpec:
     return CellSpec(**{**fields, **changes})
 
 
-def make_call(code: str, *, tool: str = "python", stdin: bytes = b"") -> ToolCall:
+def make_call(code: str, *, tool: str = "python", **fields: Any) -> ToolCall:
     """A call with an id of its own."""
-    return ToolCall(id=f"call-{next(_numbers)}", tool=tool, code=code, stdin=stdin)
+    return ToolCall(id=f"call-{next(_numbers)}", tool=tool, code=code, **fields)
 
 
 class Bench:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import select
 import socket
@@ -17,6 +18,7 @@ import time
 import tracemalloc
 import urllib.error
 import urllib.request
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -27,7 +29,7 @@ from hypothesis import strategies as st
 
 from loopguard.errors import AuditWriteError, SandboxUnavailableError
 from loopguard.sandbox import egress, wire
-from loopguard.sandbox.base import EgressRule
+from loopguard.sandbox.base import EgressRule, shipped
 from loopguard.sandbox.egress import ACK, DATA, OPEN, SHUT, WINDOW, Egress, public
 
 if TYPE_CHECKING:
@@ -778,6 +780,19 @@ class TestSecrets:
         assert b"s3cr3t" not in cell.seen()
         assert b"blue-team" not in cell.seen()
 
+    def test_a_secret_that_comes_in_pieces_is_kept_back(self, world):
+        """A head is looked at as a whole, however it was cut on its way."""
+
+        def handler(connection: socket.socket) -> None:
+            read_head(connection)
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + SECRET.encode() + b"\r\n\r\n":
+                connection.sendall(bytes([byte]))
+
+        cell = self.api(world)
+        world.serve(OTHER, 443, handler, certificate="api.example")
+        assert b" 502 " in cell.ask(get("http://api.example:443/"))
+        assert cell.event["reason"] == "the response head holds a secret"
+
     @pytest.mark.parametrize(
         ("answer", "reason"),
         [
@@ -1009,22 +1024,26 @@ class TestStreams:
         assert cell.event["result"] == "failed"
         assert "ConnectionResetError" in cell.event["reason"]
 
-    def test_a_cell_that_resets_ends_the_connection(self, world, cell):
+    @pytest.mark.parametrize("behind", [False, True])
+    def test_a_cell_that_resets_ends_the_connection(self, world, cell, behind):
         """SHUT with a reset ends the connection outside as well, also behind a SHUT without one."""
         ended = threading.Event()
 
         def handler(connection: socket.socket) -> None:
-            with contextlib.suppress(ConnectionResetError):
-                read_all(connection)
+            with contextlib.suppress(OSError):
+                while True:
+                    connection.sendall(b"tick")
+                    time.sleep(0.01)
             ended.set()
 
         world.serve(GOOD, 8443, handler)
         number = cell.open(CONNECT)
         cell.until(lambda: cell.data[number])
-        cell.shut(number)
+        if behind:
+            cell.shut(number)
         cell.shut(number, reset=True)
         assert ended.wait(5)
-        assert cell.event["reason"] == "the cell hung up"
+        assert (cell.event["result"], cell.event["reason"]) == ("allowed", "the cell hung up")
         assert number not in cell.ends
 
 
@@ -1220,17 +1239,23 @@ class TestTunnels:
 
 
 class Bridge:
-    """The part that PID 1 plays: takes connections of real clients and hands their bytes through frames."""
+    """The cell's own end of the tunnels, as PID 1 runs it, on a port of this machine; a thread serves both ends."""
 
     def __init__(self, out: Egress) -> None:
+        spec = importlib.util.spec_from_file_location("cell_tunnels", shipped("python/tunnels.py"))
+        assert spec is not None
+        assert spec.loader is not None
+        inside = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(inside)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            inside.PORT = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{inside.PORT}"
         self.events: list[dict[str, Any]] = []
-        self._tunnels = out.tunnels(self._get, self.events.append)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._clients: dict[int, socket.socket] = {}
-        self._deaf: set[int] = set()
-        self._later: list[tuple[int, int]] = []
-        self._opened = 0
+        self._out: deque[tuple[int, dict[str, Any], bytes]] = deque()
+        self._in: deque[tuple[int, dict[str, Any], bytes]] = deque()
+        self._poll = select.poll()
+        self._inside = inside.Tunnels(self._poll, lambda kind, header, data=b"": self._out.append((kind, header, data)))
+        self._outside = out.tunnels(lambda *frame: self._in.append(frame), self.events.append)
         self._stop = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
@@ -1241,45 +1266,19 @@ class Bridge:
     def __exit__(self, *_: object) -> None:
         self._stop = True
         self._thread.join(10)
-        self._tunnels.close()
-        for client in [self._listener, *self._clients.values()]:
-            client.close()
-
-    def _get(self, kind: int, header: dict[str, Any], payload: bytes) -> None:
-        number = header["conn"]
-        client = self._clients[number]
-        with contextlib.suppress(OSError):
-            if kind == DATA:
-                client.sendall(payload)
-                self._later.append((number, len(payload)))
-            elif kind == SHUT:
-                client.shutdown(socket.SHUT_RDWR if header.get("reset") else socket.SHUT_WR)
+        self._outside.close()
+        self._inside.close()
 
     def _run(self) -> None:
         while not self._stop:
-            reading, writing = self._tunnels.descriptors()
-            clients = {client.fileno(): n for n, client in self._clients.items() if n not in self._deaf}
-            wait = [*reading, self._listener.fileno(), *clients]
-            found, able, _ = select.select(wait, writing, [], 0.05)
-            self._tunnels.ready(found, able)
-            if self._listener.fileno() in found:
-                self._clients[self._opened] = self._listener.accept()[0]
-                self._tunnels.take(OPEN, {"conn": self._opened}, b"")
-                self._opened += 1
-            for descriptor in {*found} & {*clients}:
-                number = clients[descriptor]
-                try:
-                    data = self._clients[number].recv(1 << 16)
-                except OSError:
-                    data = b""
-                if data:
-                    self._tunnels.take(DATA, {"conn": number}, data)
-                else:
-                    self._deaf.add(number)
-                    self._tunnels.take(SHUT, {"conn": number}, b"")
-            later, self._later = self._later, []
-            for number, size in later:
-                self._tunnels.take(ACK, {"conn": number, "bytes": size}, b"")
+            for descriptor, events in self._poll.poll(2):
+                assert self._inside.ready(descriptor, events)
+            while self._out:
+                self._outside.take(*self._out.popleft())
+            reading, writing = self._outside.descriptors()
+            self._outside.ready(*select.select(reading, writing, [], 0.002)[:2])
+            while self._in:
+                self._inside.take(*self._in.popleft())
 
 
 class TestClients:
@@ -1288,7 +1287,7 @@ class TestClients:
     @pytest.fixture
     def bridge(self, world: World) -> Iterator[Bridge]:
         """A proxy that leads to a site with and one without TLS, and an API with a secret."""
-        page = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 6\r\n\r\npage.\n"
+        page = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\nConnection: close\r\n\r\npage.\n"
         world.names["api.example"] = [OTHER]
         world.serve(GOOD, 80, world.answering(page))
         world.serve(SAFE, 443, world.answering(page), certificate="safe.example")
@@ -1311,7 +1310,7 @@ class TestClients:
             opener.open("https://other.example/", timeout=10)
 
     def test_requests(self, world, bridge, tmp_path):
-        """By the environment's variables, with a body that is sent in chunks."""
+        """With a session that keeps connections, and a body that is sent in chunks."""
         bundle = tmp_path / "ca.pem"
         world.authority.cert_pem.write_to_path(bundle)
         with requests.Session() as session:
@@ -1324,3 +1323,42 @@ class TestClients:
             assert session.get("http://other.example/", timeout=10).status_code == 403
             with pytest.raises(requests.exceptions.ProxyError):
                 session.get("https://other.example/", timeout=10)
+
+    def test_much_goes_through_both_ends(self, world, bridge):
+        """More than the windows hold, both ways at once, on several connections."""
+        size = 3 << 20
+
+        def echo(connection: socket.socket) -> None:
+            while data := connection.recv(1 << 16):
+                connection.sendall(data)
+
+        world.serve(GOOD, 8443, echo)
+        want = hashlib.sha256(bytes(range(256)) * (size // 256)).digest()
+
+        def client(got: list[bytes]) -> None:
+            with socket.create_connection(("127.0.0.1", int(bridge.url.rpartition(":")[2])), timeout=20) as connection:
+                connection.sendall(CONNECT)
+                assert connection.recv(len(ESTABLISHED), socket.MSG_WAITALL) == ESTABLISHED
+
+                def talk() -> None:
+                    connection.sendall(bytes(range(256)) * (size // 256))
+                    connection.shutdown(socket.SHUT_WR)
+
+                talker = threading.Thread(target=talk)
+                talker.start()
+                got.append(hashlib.sha256(read_all(connection)).digest())
+                talker.join()
+
+        got: list[bytes] = []
+        clients = [threading.Thread(target=client, args=(got,)) for _ in range(3)]
+        for each in clients:
+            each.start()
+        for each in clients:
+            each.join(30)
+        assert got == [want] * 3
+        end = time.monotonic() + 5
+        while len(bridge.events) < 3 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert [(event["result"], event["sent_bytes"], event["received_bytes"]) for event in bridge.events] == [
+            ("allowed", size, size)
+        ] * 3
