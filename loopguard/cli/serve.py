@@ -48,7 +48,7 @@ def serve(
     import logging
 
     from loopguard.controller.station import ToolStation
-    from loopguard.errors import PolicyMismatchError
+    from loopguard.errors import InterruptedLoop, PolicyMismatchError
     from loopguard.service import Service
 
     held = _token(token, token_file)
@@ -68,6 +68,8 @@ def serve(
                 print(f"loopguard: {run_dir} is frozen: every call is refused until it is resumed", file=sys.stderr)
             if asyncio.run(_until_stopped(Service(station, token=held), listener)):
                 raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        raise InterruptedLoop("interrupted") from None
     except PolicyMismatchError as error:
         said = f"{run_dir} belongs to another guard policy, or to another version of this one; take another --run-dir"
         raise PolicyMismatchError([f"loopguard: {said}"]) from error

@@ -13,8 +13,10 @@ Not here: other users, a way in for people, several cells for a sample. docs/ins
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import re
 import sys
 import uuid
 from concurrent.futures import Future
@@ -126,9 +128,12 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
     _runtimes: ClassVar[Callable[[CellSpec, str, EventSink], Runtime] | None] = None
     _open: ClassVar[dict[str | None, _Open]] = {}
 
-    def __init__(self, episode: EpisodeCalls, used: _Open) -> None:
+    def __init__(self, episode: EpisodeCalls, used: _Open, *, sample: object) -> None:
         super().__init__()
         self._episode = episode
+        # The audit log tells by it whose calls belong together, and inspect's log whose they are.
+        self._name = f"{re.sub(r'[^A-Za-z0-9_.-]', '_', str(sample))[:40]}-{uuid.uuid4().hex[:8]}"
+        self._numbers = itertools.count(1)
         self._used = used
         self._turn = anyio.Lock()
 
@@ -180,7 +185,7 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
 
     @classmethod
     async def sample_init(
-        cls, task_name: str, config: Any, metadata: dict[str, str]
+        cls, task_name: str, config: Any, metadata: dict[str, Any]
     ) -> dict[str, LoopGuardSandboxEnvironment]:
         """Wait for a clean cell and keep it for this sample.
 
@@ -197,7 +202,7 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
         except BaseException:
             used.free.release()
             raise
-        return {"default": cls(episode, used)}
+        return {"default": cls(episode, used, sample=metadata.get("__sample_id__", "sample"))}
 
     @classmethod
     async def sample_cleanup(
@@ -308,7 +313,7 @@ class LoopGuardSandboxEnvironment(SandboxEnvironment):  # type: ignore[misc]  # 
     # How
 
     async def _run(self, code: str, *, stdin: bytes, wall_s: float | None = None) -> Outcome:
-        call = ToolCall(id=uuid.uuid4().hex, tool=TOOL, code=code, stdin=stdin, wall_s=wall_s)
+        call = ToolCall(id=f"{self._name}-{next(self._numbers)}", tool=TOOL, code=code, stdin=stdin, wall_s=wall_s)
         with _as_inspect_says_it():
             outcome = await self._episode.arun(call)
         if outcome.status == "denied":

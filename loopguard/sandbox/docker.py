@@ -188,6 +188,9 @@ class DockerCell:
         finally:
             if tunnels is not None:
                 tunnels.close()
+                with suppress(SandboxError, TimeoutError):
+                    # Or the next frame would begin in the middle of this one. Where it cannot be, the cell is lost.
+                    self._channel.finish_sending(timeout_s=_GRACE_S)
 
     def kill(self, why: str) -> None:
         """End the call that runs in it, now; the call raises SandboxUnavailableError(why)."""
@@ -273,13 +276,10 @@ class DockerCell:
         if self._egress is None:
             return None
 
-        def send(kind: int, header: dict[str, Any], payload: bytes = b"") -> None:
-            self._channel.send(kind, header, payload, timeout_s=_GRACE_S)
-
         def on_event(body: dict[str, Any]) -> None:
             self._on_event("tool.egress", {"call": call.id, "cell": self.name, **body})
 
-        return self._egress.tunnels(send, on_event)
+        return self._egress.tunnels(self._channel.send_later, on_event)
 
     def _out_of_memory(self) -> bool:
         with suppress(SandboxUnavailableError), Engine() as engine:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import select
 import socket
+import ssl
 import struct
 import time
 from collections.abc import Collection
@@ -58,7 +59,8 @@ class Connection(Protocol):
 
     def settimeout(self, timeout: float | None, /) -> None: ...  # noqa: D102 - as in `socket`
     def recv(self, size: int, /) -> bytes: ...  # noqa: D102
-    def sendall(self, data: bytes | memoryview, /) -> None: ...  # noqa: D102
+    def send(self, data: bytes | bytearray, /) -> int: ...  # noqa: D102
+    def sendall(self, data: bytes | bytearray, /) -> None: ...  # noqa: D102
     def fileno(self) -> int: ...  # noqa: D102
 
 
@@ -118,6 +120,7 @@ class Channel:
         self._err = bytearray()
         self._deadline = 0.0
         self._meanwhile: Meanwhile | None = None
+        self._later = bytearray()
 
     def send(self, kind: int, header: Mapping[str, Any], *payload: bytes, timeout_s: float) -> None:
         """Send a frame. Raises LostError where the stream is gone; success does not mean that anybody lives."""
@@ -135,6 +138,13 @@ class Channel:
         except OSError as error:
             raise LostError(str(error)) from error
 
+    def send_later(self, kind: int, header: Mapping[str, Any], payload: bytes = b"") -> None:
+        """Send a frame while the next one is waited for, as the cell takes it.
+
+        For tunnels: the cell may be sending to us at the same time, and two that only write wait for each other.
+        """
+        self._later += encode(kind, header, payload)
+
     def receive(self, kind: int, *, timeout_s: float, meanwhile: Meanwhile | None = None) -> Frame:
         """The next frame, which must be of this kind. Raises TimeoutError, LostError, ProtocolError.
 
@@ -151,12 +161,21 @@ class Channel:
         finally:
             self._meanwhile = None
 
+    def finish_sending(self, *, timeout_s: float) -> None:
+        """Send what is left over, so that the next frame does not begin in the middle of another."""
+        self._connection.settimeout(timeout_s)
+        try:
+            self._connection.sendall(self._later)
+        except TimeoutError:
+            raise
+        except OSError as error:
+            raise LostError(str(error)) from error
+        self._later.clear()
+
     def waiting(self) -> bool:
         """Whether there is something to read, or the end of the stream."""
-        if self._in or self._out:
-            return True
         descriptor = self._connection.fileno()
-        if descriptor < 0:
+        if self._in or self._out or descriptor < 0 or self._undecoded():
             return True
         look = select.poll()
         look.register(descriptor, select.POLLIN)
@@ -220,7 +239,11 @@ class Channel:
         own = self._connection.fileno()
         if own < 0:
             raise LostError
+        if self._undecoded():
+            left_s = 0
         wanted = dict.fromkeys((own, *reading), select.POLLIN)
+        if self._later:
+            wanted[own] |= select.POLLOUT
         for descriptor in writing:
             wanted[descriptor] = wanted.get(descriptor, 0) | select.POLLOUT
         look = select.poll()
@@ -231,7 +254,22 @@ class Channel:
         ended = select.POLLERR | select.POLLHUP | select.POLLNVAL
         readable = [each for each in reading if found.get(each, 0) & (select.POLLIN | ended)]
         meanwhile.ready(readable, [each for each in writing if found.get(each, 0) & (select.POLLOUT | ended)])
-        return own in found
+        if found.get(own, 0) & select.POLLOUT:
+            self._send_some()
+        return bool(found.get(own, 0) & (select.POLLIN | ended)) or self._undecoded()
+
+    def _send_some(self) -> None:
+        self._connection.settimeout(0)
+        try:
+            del self._later[: self._connection.send(self._later[:_PART])]
+        except (BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+            return
+        except OSError as error:
+            raise LostError(str(error)) from error
+
+    def _undecoded(self) -> bool:
+        """Whether bytes wait in a TLS connection, where `poll` does not see them."""
+        return isinstance(self._connection, ssl.SSLSocket) and self._connection.pending() > 0
 
 
 def shut(connection: socket.socket) -> None:

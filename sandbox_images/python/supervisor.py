@@ -177,6 +177,9 @@ def about_this_cell():
 
 
 def zygote(channel, options):
+    channel.set_inheritable(False)
+    if options["privileges"] != "strict":
+        os.setgroups([])
     known = languages()
     for number in signal.valid_signals() - UNCATCHABLE:
         signal.signal(number, signal.SIG_DFL)
@@ -186,6 +189,14 @@ def zygote(channel, options):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     os.environ.clear()
     os.environ.update(ENVIRONMENT)
+    for name, value in (
+        (resource.RLIMIT_NOFILE, OPEN_FILES),
+        (resource.RLIMIT_FSIZE, options["limits"]["tmpfs_mib"] << 20),
+        (resource.RLIMIT_CORE, 0),
+        *([(resource.RLIMIT_NPROC, options["nproc"])] if options["nproc"] else []),
+    ):
+        # All calls have them from here; they mean nothing to a process that opens and writes no files of its own.
+        resource.setrlimit(name, (value, value))
     if options["egress"]:
         os.environ.update(dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), PROXY))
     for module in options["preload"]:
@@ -200,18 +211,20 @@ def zygote(channel, options):
     gc.freeze()
     channel.send(b"ready")
     while True:
-        message, ancillary, _, _ = channel.recvmsg(64, socket.CMSG_SPACE(5 * 4))
+        message, ancillary, _, _ = channel.recvmsg(64, socket.CMSG_SPACE(5 * 4), socket.MSG_CMSG_CLOEXEC)
         if not message:
             os._exit(0)
         descriptors = array.array("i")
         descriptors.frombytes(ancillary[0][2][: 5 * 4])
+        uid, stands_by = message.decode().split()
         try:
-            pid = os.fork()
+            if stands_by != "python":
+                pid = stand_by(known[stands_by], int(uid), descriptors, options)
+            elif (pid := os.fork()) == 0:
+                wait_and_run(int(uid), descriptors, options, known)
         except OSError as error:
             channel.send(NEWS.pack(ENDED, 0, error.errno or errno.EAGAIN))
             pid = -1
-        if pid == 0:
-            wait_and_run(int(message), descriptors, options, known)
         for descriptor in descriptors:
             os.close(descriptor)
         if pid > 0:
@@ -222,6 +235,43 @@ def zygote(channel, options):
             channel.send(NEWS.pack(ENDED, os.waitpid(pid, 0)[1], 0))
 
 
+def stand_by(language, uid, descriptors, options):
+    """Start a program that waits for its call, without the fork of this large process; gives its pid.
+
+    For this moment this is the user of the call, but for the saved user that leads back; the program is not, since an
+    exec saves the effective one, and drops every capability. No process of any call is there meanwhile.
+    """
+    strict = options["privileges"] == "strict"
+    if not strict:
+        os.setresgid(uid, uid, 0)
+        os.setresuid(uid, uid, 0)
+    umask = os.umask(0o077)
+    try:
+        os.mkdir(PLACE, 0o700)
+        os.chdir(PLACE)
+        # Out of the way first, so that none is overwritten before it has its place.
+        high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 64) for each in descriptors[:4]]
+        actions = [(os.POSIX_SPAWN_DUP2, descriptor, target) for target, descriptor in enumerate(high)]
+        with socket.socket(fileno=os.dup(descriptors[3])) as go:
+            program = language.stand_by(go, cpu_seconds(options["limits"]))
+        try:
+            # As a terminal has them; Python ignores both.
+            default = [signal.SIGPIPE, signal.SIGXFSZ]
+            return os.posix_spawn(
+                program[0], program, os.environ, file_actions=actions, setsid=True, setsigdef=default
+            )
+        finally:
+            for descriptor in high:
+                os.close(descriptor)
+    finally:
+        os.umask(umask)
+        os.chdir("/")
+        if not strict:
+            os.setresuid(0, 0, 0)
+            os.setresgid(0, 0, 0)
+            set_dumpable(0)
+
+
 def wait_and_run(uid, descriptors, options, known):
     """Be ready, wait for the call, run it. Never returns."""
     status = 126
@@ -229,7 +279,7 @@ def wait_and_run(uid, descriptors, options, known):
         settle_in(descriptors, options)
         if options["mode"] != "episode":
             become_the_call(uid, options)
-            # For the commonest; another language takes the place of all this.
+            # For every other language too: it takes the place of all this when it runs.
             known["python"].ready(PLACE)
         if not os.read(3, 1):
             os._exit(0)
@@ -265,17 +315,13 @@ def settle_in(descriptors, options):
     for target, descriptor in enumerate([fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in descriptors]):
         os.dup2(descriptor, target, inheritable=target < 3)
     os.closerange(len(descriptors), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
-    limits = options["limits"]
-    for name, value in (
-        (resource.RLIMIT_CPU, int(limits["wall_s"] * max(limits["cpus"], 1)) + 2),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_FSIZE, limits["tmpfs_mib"] << 20),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        resource.setrlimit(name, (value, value))
-    if options["nproc"]:
-        resource.setrlimit(resource.RLIMIT_NPROC, (options["nproc"], options["nproc"]))
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds(options["limits"]),) * 2)
     os.umask(0o077)
+
+
+def cpu_seconds(limits):
+    """A second line behind the clock of PID 1."""
+    return int(limits["wall_s"] * max(limits["cpus"], 1)) + 2
 
 
 def become_the_call(uid, options):
@@ -474,29 +520,58 @@ class Stream:
 
 
 class Standby:
-    """A process that is ready for a call, and our ends of its descriptors."""
+    """A process that is ready for a call, and our ends of its descriptors.
 
-    def __init__(self, uid, channel):
-        self.uid = uid
+    What stands by is a Python that can become anything, or, where the last calls were shell, a shell.
+    """
+
+    def __init__(self, uid, stands_by, channel):
+        self.uid, self.stands_by = uid, stands_by
         stdin, self.stdin = os.pipe()
         self.stdout, stdout = os.pipe()
         self.stderr, stderr = os.pipe()
-        go, self.go = os.pipe()
+        go, self.go = socket.socketpair()
         # A file in memory: what is passed on goes through no buffer of a fixed size.
         self.request = os.memfd_create("request")
-        theirs = [stdin, stdout, stderr, go, self.request]
+        theirs = [stdin, stdout, stderr, go.fileno(), self.request]
         for descriptor in (self.stdin, self.stdout, self.stderr):
             os.set_blocking(descriptor, False)
-        channel.sendmsg([b"%d" % uid], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))])
-        for descriptor in theirs[:-1]:
+        told = f"{uid} {stands_by}".encode()
+        channel.sendmsg([told], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", theirs))])
+        go.close()
+        for descriptor in theirs[:3]:
             os.close(descriptor)
 
+    def suits(self, request):
+        special = self.stands_by != request["tool"] or request["files"] or request["memory_mib"]
+        return self.stands_by == "python" or not special
+
+    def take_over(self, request, parts):
+        """Write what the call needs where its process finds it, as it comes in."""
+        if self.stands_by == "python":
+            passed = {name: request[name] for name in ("tool", "code_bytes", "files", "memory_mib")}
+            text = json.dumps(passed).encode()
+            write_all(self.request, len(text).to_bytes(4, "big") + text)
+        else:
+            _, (script, *_), _, _ = socket.recv_fds(self.go, 16, 1)
+            os.close(self.request)
+            self.request = script
+        for part in parts:
+            write_all(self.request, part)
+
     def start(self):
-        # The other side shares the position in the file.
-        os.lseek(self.request, 0, os.SEEK_SET)
+        if self.stands_by == "python":
+            # The other side shares the position in the file.
+            os.lseek(self.request, 0, os.SEEK_SET)
         os.close(self.request)
-        os.write(self.go, b"g")
-        os.close(self.go)
+        self.go.send(b"g\n")
+        self.go.close()
+
+    def dismiss(self):
+        """It will not be needed, and ends by itself when it finds that nothing comes."""
+        os.close(self.request)
+        self.go.close()
+        self.close()
 
     def close_stdin(self):
         if self.stdin >= 0:
@@ -519,6 +594,7 @@ class Cell:
         self.oom, self.pids, self.tasks = Gauge("oom"), Gauge("pids"), Gauge("tasks")
         self.known = sorted(languages())
         self.standby = None
+        self.shell_calls = 0  # in a row
         self.start_zygote()
         self.before = self.counters()
         if not self.episode:
@@ -549,8 +625,25 @@ class Cell:
 
     def make_ready(self):
         """Have a process made for the next call, under a user that this cell never had."""
-        self.standby = Standby(self.user(0 if self.episode else self.calls), self.channel)
+        stands_by = "sh" if self.shell_calls > 1 else "python"
+        self.standby = Standby(self.user(0 if self.episode else self.calls), stands_by, self.channel)
         self.calls += 1
+
+    def suited(self, request):
+        """The process that stands by, or another one where it is of the wrong kind."""
+        plain = request["tool"] == "sh" and not request["files"] and not request["memory_mib"]
+        self.shell_calls = self.shell_calls + 1 if plain and not self.episode else 0
+        if self.episode:
+            self.make_ready()
+        elif not self.standby.suits(request):
+            other = self.standby
+            other.dismiss()
+            while NEWS.unpack(self.channel.recv(64))[0] != ENDED:
+                pass
+            if doubt := self.clean(other.uid):
+                sys.exit(f"a process that stood by was not cleaned up: {doubt}")
+            self.make_ready()
+        return self.standby
 
     # frames
 
@@ -628,10 +721,9 @@ class Cell:
             while self.unread:  # of a tunnel that ended with its call
                 self.payload(PART)
             return
-        if self.episode:
-            self.make_ready()
-        call = self.standby
-        self.hand_over(request, call)
+        call = self.suited(request)
+        size = request["code_bytes"] + sum(size for _, size in request["files"])
+        call.take_over(request, self.parts(size))
         started = time.monotonic()
         call.start()
         streams = {call.stdout: Stream(self.limits["output_bytes"]), call.stderr: Stream(self.limits["output_bytes"])}
@@ -683,16 +775,12 @@ class Cell:
         if not doubt and not self.episode:
             self.make_ready()
 
-    def hand_over(self, request, call):
-        """Write what the call needs where its process finds it, as it comes in."""
-        passed = {name: request[name] for name in ("tool", "code_bytes", "files", "memory_mib")}
-        text = json.dumps(passed).encode()
-        write_all(call.request, len(text).to_bytes(4, "big") + text)
-        left = request["code_bytes"] + sum(size for _, size in request["files"])
-        while left:
-            part = self.payload(min(left, PART))
-            left -= len(part)
-            write_all(call.request, part)
+    def parts(self, size):
+        """So much of the payload, as it comes in."""
+        while size:
+            part = self.payload(min(size, PART))
+            size -= len(part)
+            yield part
 
     def fetch(self, names, uid):
         found = Fetch(self.limits)
@@ -738,6 +826,13 @@ class Cell:
             if not self.strict:
                 os.setresuid(0, 0, 0)
                 set_dumpable(0)
+            elif self.zygote > 0:
+                self.bury_zygote()
+
+    def bury_zygote(self):
+        """Wait until it is gone for good: from then on its child is ours, and it is counted no more."""
+        os.waitpid(self.zygote, 0)
+        self.zygote = -1
 
     def clean(self, uid):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
@@ -859,8 +954,10 @@ class Watch:
             try:
                 pid, status = os.waitpid(self.orphan, os.WNOHANG)
             except ChildProcessError:
-                # The zygote knew how it ended, and took that along.
-                os._exit(ZYGOTE_DIED)
+                # The zygote knew how it ended, and took that along. Where we ended both, it is known.
+                if self.why is None:
+                    os._exit(ZYGOTE_DIED)
+                return signal.SIGKILL, 0
             if pid:
                 return status, 0
             left_s = 0.005
@@ -896,9 +993,9 @@ class Watch:
         if self.child is None:
             # Nobody can say how the call ends, so there must be no result.
             os._exit(ZYGOTE_DIED)
-        # In a strict cell the zygote goes with its call. Once it is gone for good, the call is a child of ours.
-        os.waitpid(self.cell.zygote, 0)
-        self.cell.zygote = -1
+        # In a strict cell the zygote goes with its call.
+        if self.cell.zygote > 0:
+            self.cell.bury_zygote()
         self.poll.unregister(self.cell.channel)
         self.orphan = self.child
         return None

@@ -6,8 +6,10 @@ import asyncio
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 import threading
 import tomllib
 from contextlib import asynccontextmanager
@@ -33,6 +35,7 @@ from loopguard.testing import FakeRuntime, printed
 from loopguard.types import Outcome
 
 ROOT = Path(__file__).parent.parent.parent
+PAGE = ROOT / "docs" / "inspect_ai.md"
 POLICY = """
 apiVersion: loopguard/v1
 name: agent
@@ -471,6 +474,27 @@ class TestLifetimes:
         assert first.name.startswith("inspect-")
         assert first != second
 
+    def test_calls_are_named_after_their_sample(self, policy, cells):
+        """Two runs of one sample can be told apart, and a strange name is made a plain one."""
+
+        async def run():
+            kind = LoopGuardSandboxEnvironment
+            await kind.task_init("startup", policy)
+            for sample in (17, 17, "../é x"):
+                environments = await kind.sample_init("task", policy, {"__sample_id__": sample})
+                await environments["default"].exec(["true"])
+                await environments["default"].exec(["true"])
+                await kind.sample_cleanup("task", policy, environments, interrupted=False)
+            await kind.task_cleanup("shutdown", policy, cleanup=True)
+
+        asyncio.run(run())
+        names = [call.id.rsplit("-", 2) for call in cells.calls]
+        assert [(sample, number) for sample, _, number in names] == [
+            *[("17", "1"), ("17", "2")] * 2,
+            *[("..___x", "1"), ("..___x", "2")],
+        ]
+        assert len({run for _, run, _ in names}) == 3
+
     def test_there_is_no_way_in(self, policy, cells):
         with pytest.raises(NotImplementedError, match="no way into a cell"):
             in_sample(policy, lambda environment: environment.connection())
@@ -512,13 +536,40 @@ task = Task(
 )
 [log] = eval(task, model=get_model("mockllm/model", custom_outputs=outputs), display="none")
 """
+MODEL_WITH_A_SESSION = """
+from inspect_ai import Task, eval
+from inspect_ai.dataset import Sample
+from inspect_ai.model import ModelOutput, ModelUsage, get_model
+from inspect_ai.solver import generate, use_tools
+from inspect_ai.tool import bash_session, text_editor
+
+calls = [
+    ("bash_session", {"action": "type_submit", "input": "cd /tmp; number=41"}),
+    ("bash_session", {"action": "type_submit", "input": "echo it is $((number + 1)) in $PWD"}),
+    ("text_editor", {"command": "create", "path": "/tmp/note", "file_text": "in a host\\n"}),
+    ("text_editor", {"command": "str_replace", "path": "/tmp/note", "old_str": "host", "new_str": "cell"}),
+    ("text_editor", {"command": "view", "path": "/tmp/note"}),
+]
+outputs = [ModelOutput.for_tool_call("mockllm/model", *call) for call in calls]
+outputs.append(ModelOutput.from_content("mockllm/model", "done"))
+for output in outputs:
+    output.usage = ModelUsage()
+task = Task(
+    dataset=[Sample(input="go")],
+    solver=[use_tools(bash_session(), text_editor()), generate()],
+    sandbox=("loopguard", "policy.yaml"),
+)
+[log] = eval(task, model=get_model("mockllm/model", custom_outputs=outputs), display="none")
+"""
 AROUND = """
 import json
 import loopguard.integrations.inspect_ai
 {}
 tools = [message for sample in log.samples or [] for message in sample.messages if message.role == "tool"]
 told = [message.error.message if message.error else message.text for message in tools]
-print(json.dumps({{"status": log.status, "error": str(log.error), "told": told}}))
+scores = log.results.scores if log.results else []
+accuracy = scores[0].metrics["accuracy"].value if scores else None
+print(json.dumps({{"status": log.status, "error": str(log.error), "told": told, "accuracy": accuracy}}))
 """
 
 
@@ -529,6 +580,12 @@ def evaluate(script, place):
     done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def documented(start):
+    """An indented block of the documentation, by how it starts."""
+    _, _, rest = PAGE.read_text(encoding="utf-8").partition(f"\n{start}")
+    return textwrap.dedent(f"{start}{rest}".split("\n\n", 1)[0]) + "\n"
 
 
 @pytest.fixture(scope="module")
@@ -573,11 +630,53 @@ class TestInCells:
         left = subprocess.run(["docker", "ps", "-aq", "--filter", mine], capture_output=True, timeout=20, check=True)
         assert left.stdout == b""
 
+    def test_a_model_keeps_a_session_in_an_image_that_is_made_for_it(self, tmp_path):
+        """The image and the profile of the documentation are all that inspect's own server in the cell needs."""
+        image = f"loopguard/test-session:{os.getpid()}"
+        (tmp_path / "Dockerfile").write_text(documented("    FROM "))
+        build = ["docker", "build", "--network", "none", "-q", "-t", image, "."]
+        subprocess.run(build, cwd=tmp_path, capture_output=True, timeout=100, check=True)
+        try:
+            profile = f"    rollout:\n      image: {image}\n" + textwrap.indent(documented("    mode: "), " " * 6)
+            (tmp_path / "policy.yaml").write_text(re.sub(r"    rollout:\n( {6}.*\n)*", profile, POLICY))
+            said = evaluate(MODEL_WITH_A_SESSION, tmp_path)
+        finally:
+            subprocess.run(["docker", "rmi", "-f", image], capture_output=True, timeout=60, check=False)
+        assert said["status"] == "success", said
+        assert "it is 42 in /tmp" in said["told"][1]
+        assert "in a cell" in said["told"][4]
+
     def test_the_example_of_the_documentation_runs(self, tmp_path):
         """As it stands there, without a key and without a network."""
-        page = (ROOT / "docs" / "inspect_ai.md").read_text(encoding="utf-8")
-        example = page.split("```python\n", 1)[1].split("```", 1)[0]
-        (tmp_path / "numbers.py").write_text(example)
-        script = "from inspect_ai import eval\nfrom numbers_task import primes\n[log] = eval(primes())"
-        (tmp_path / "numbers_task.py").write_text(example)
-        assert evaluate(script, tmp_path)["status"] == "success"
+        example = PAGE.read_text(encoding="utf-8").split("```python\n", 1)[1].split("```", 1)[0]
+        (tmp_path / "primes.py").write_text(example)
+        script = 'from inspect_ai import eval\n[log] = eval("primes.py", model="mockllm/model", display="none")'
+        said = evaluate(script, tmp_path)
+        assert (said["status"], said["accuracy"]) == ("success", 1.0), said
+
+    def test_what_runs_in_the_background_lives_on(self, sample):
+        """A server that one call starts answers the next one."""
+
+        async def work(environment):
+            server = "import socket; s = socket.create_server(('127.0.0.1', 8000)); s.accept()[0].sendall(b'hello')"
+            await environment.write_file("server.py", server)
+            await environment.exec(["sh", "-c", "nohup python3 server.py >/dev/null 2>&1 &"])
+            client = "import socket, time; time.sleep(1); print(socket.create_connection(('127.0.0.1', 8000)).recv(9))"
+            return await environment.exec(["python3", "-c", client])
+
+        assert sample(work).stdout == "b'hello'\n"
+
+    def test_a_cancelled_call_ends_and_takes_its_cell_with_it(self, tmp_path, monkeypatch):
+        """Whoever goes on in that sample is told at once that there is no cell."""
+        monkeypatch.setenv("LOOPGUARD_RUN_DIR", str(tmp_path / "run"))
+
+        async def work(environment):
+            running = asyncio.create_task(environment.exec(["sleep", "50"]))
+            await asyncio.sleep(1)
+            running.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await running
+            with pytest.raises(SandboxUnavailableError):
+                await asyncio.wait_for(environment.exec(["true"]), 5)
+
+        in_sample(None, work)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
+from sandbox_kit import Bench, make_call
 
 from loopguard.errors import CallError
 
@@ -475,3 +476,50 @@ class TestBehaviour:
         """Scripts find themselves: name, file, module, source."""
         code = "import inspect, sys\ndef f(): pass\nprint(__name__, __file__, sys.argv, inspect.getsource(f).strip())"
         assert bench.text(code) == "__main__ /job/call/main.py ['main.py'] def f(): pass"
+
+
+class TestShell:
+    """A shell is started from Python at first, and stands by as a shell once the calls before it were shell too."""
+
+    WHO = "grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/self/status"
+
+    def test_it_has_no_privileges_however_it_was_started(self):
+        """One user of its own in all four places, no groups, no capability to have or to get."""
+        with Bench() as bench:
+            seen = [bench.text(self.WHO, tool="sh") for _ in range(5)]
+        for text in seen:
+            facts = {name: words.split() for name, _, words in (line.partition(":") for line in text.splitlines())}
+            assert len(set(facts["Uid"])) == len(set(facts["Gid"])) == 1
+            assert int(facts["Uid"][0]) > 1000
+            assert facts["Groups"] == []
+            assert facts["CapEff"] == facts["CapPrm"] == facts["CapInh"] == facts["CapAmb"] == ["0" * 16]
+            assert (facts["NoNewPrivs"], facts["Seccomp"]) == (["1"], ["2"])
+        assert len(set(seen)) == 5
+
+    @pytest.mark.parametrize(
+        "script",
+        [
+            "echo out; echo err >&2; exit 3",
+            "no-such-program",
+            "if then",
+            "echo $0 $# $go; ls -la | wc -l; umask; pwd; env | sort",
+            "ulimit -a; cat /proc/self/oom_score_adj; ls /proc/self/fd; trap; kill -l PIPE; yes | head -c 3",
+        ],
+    )
+    def test_it_behaves_alike_however_it_was_started(self, script):
+        """The same words, limits, variables and descriptors in the first calls and in later ones."""
+        with Bench() as bench:
+            seen = [bench.run(script, tool="sh") for _ in range(5)]
+        assert len({(each.status, each.exit_code, each.stdout, each.stderr) for each in seen}) == 1
+
+    def test_another_language_after_shell_meets_nothing_of_it(self):
+        """What stood by in vain is gone without a trace; files and limits of a call still work."""
+        with Bench() as bench:
+            for _ in range(3):
+                assert bench.text("echo a", tool="sh") == "a"
+            assert bench.json("import json, os; print(json.dumps(os.listdir('.')))") == ["main.py"]
+            for _ in range(3):
+                assert bench.text("echo a", tool="sh") == "a"
+            outcome = bench.runtime.run(make_call("cat x", tool="sh", files={"x": b"with a file"}))
+            assert outcome.text == "with a file"
+            assert bench.reasons() == []

@@ -18,6 +18,7 @@ def warm():
     """In the zygote: do once what every call does, so that no call has to set it up again."""
     for module in USUAL:
         __import__(module)
+    seed_numpy()  # newer ones load this part of theirs at the first use
     code = b"import math\ndef f(x):\n    return [str(x), f'{math.sqrt(x)}']\nprint(f(4), len(f(2)))\n"
     for _ in range(3):
         standard_streams()  # they lead to /dev/null here
@@ -34,14 +35,18 @@ def ready(place):
     sys.argv[:] = [SCRIPT]
     sys.path.insert(0, place)
     standard_streams()
+    seed_numpy()
+
+
+def seed_numpy():
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))  # Python's own generator does so at every fork
 
 
 def run(code, place):
     """Run code as a script would run, and give its exit status."""
     with open(SCRIPT, "wb") as file:
         file.write(code)
-    if (numpy := sys.modules.get("numpy")) is not None:
-        numpy.random.seed(int.from_bytes(os.urandom(4), "little"))  # Python's own generator does so at every fork
     status = 0
     try:
         exec(compile(code, f"{place}/{SCRIPT}", "exec", dont_inherit=True), sys.modules["__main__"].__dict__)
