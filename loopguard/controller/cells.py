@@ -86,7 +86,8 @@ class Cells:
         if self._log is None:
             self._early.append((kind, body))
         elif not self._log.degraded:
-            self._log.append(kind, body, sync=False)
+            # A connection to the outside is on disk before it is made, as a call is before it runs.
+            self._log.append(kind, body, sync=kind == "tool.egress")
 
 
 def cell_spec(profile: Profile) -> CellSpec:

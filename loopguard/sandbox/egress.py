@@ -283,6 +283,10 @@ class Tunnels:
         """Send the cell a frame."""
         self._call_out(self._send, kind, header, payload)
 
+    def announce(self, event: dict[str, Any]) -> None:
+        """Tell that a connection is about to be made."""
+        self._call_out(self._on_event, event)
+
     def end(self, connection: _Connection, event: dict[str, Any]) -> None:
         """Forget a connection and tell what became of it."""
         if self._live.pop(connection.number, None) is not None:
@@ -466,6 +470,8 @@ class _Connection:
         assert self._request is not None
         tls = egress.tls if place.tls and not self._request.tunnel else None
         time_s = CONNECT_S + (HANDSHAKE_S if tls else 0)
+        # Told before it happens: what nobody recorded must not have left the cell.
+        self._tunnels.announce({**self._event, "result": "permitted", "address": ", ".join(map(_shown, addresses))})
         self._go("connect", time_s, lambda errand: _dial(errand, egress, place, addresses, tls), self._connected)
 
     def _connected(self, found: Any) -> None:

@@ -82,16 +82,18 @@ def become(uid):
         os.setresuid(uid, uid, uid)
 
 
-def languages():
-    """What a call can be written in: one module for each file beside this one, by its name."""
-    found = {}
-    for file in sorted(os.listdir(f"{HERE}/languages")):
-        name, end = os.path.splitext(file)
-        if end == ".py":
-            spec = importlib.util.spec_from_file_location(f"language_{name}", f"{HERE}/languages/{file}")
-            found[name] = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(found[name])
+def module(name, file):
+    """A module of the image, which is on no path that a call could put something on."""
+    spec = importlib.util.spec_from_file_location(name, file)
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
     return found
+
+
+def languages():
+    """What a call can be written in: one module for each file in the folder, by its name."""
+    names = [os.path.splitext(file)[0] for file in sorted(os.listdir(f"{HERE}/languages")) if file.endswith(".py")]
+    return {name: module(f"language_{name}", f"{HERE}/languages/{name}.py") for name in names}
 
 
 # --- what the kernel says -------------------------------------------------------------------------
@@ -693,9 +695,7 @@ class Cell:
         """Ways out for one call, where the policy has any."""
         if not self.options["egress"]:
             return None
-        import tunnels
-
-        return tunnels.Tunnels(poll, self.send)
+        return module("tunnels", f"{HERE}/tunnels.py").Tunnels(poll, self.send)
 
     def pass_on(self, tunnels):
         """Whole frames that came in during a call are for its tunnels."""
@@ -932,6 +932,8 @@ class Watch:
                 self.no_more_input()
         wanted = call.stdin >= 0 and cell.unread and not self.waiting
         if self.tunnels and not cell.unread:
+            # Not earlier: the controller hears nothing of them before it has sent all of the input.
+            self.tunnels.begin()
             wanted = True
         self.poll.register(0, select.POLLIN if wanted else 0)
 

@@ -34,7 +34,13 @@ class Tunnels:
         self.listener.listen(MOST)
         self.count = 0
         self.by_number, self.by_descriptor = {}, {}
-        poll.register(self.listener, select.POLLIN)
+        self.begun = False
+
+    def begin(self):
+        """From now on connections are accepted; those that were made before have waited."""
+        if not self.begun:
+            self.begun = True
+            self.poll.register(self.listener, select.POLLIN)
 
     def ready(self, descriptor, events):
         """Whether this descriptor was ours; does what it is ready for."""
@@ -141,5 +147,6 @@ class Tunnels:
     def close(self):
         for connection in list(self.by_number.values()):
             self.drop(connection, reset=False)
-        self.poll.unregister(self.listener)
+        if self.begun:
+            self.poll.unregister(self.listener)
         self.listener.close()
