@@ -88,6 +88,10 @@ class FakeEpisode:
             raise SandboxUnavailableError("the episode is over: it was closed")
         return self._runtime.run(call)
 
+    def kill(self, why: str) -> None:
+        """Be over."""
+        self.closed = True
+
     def close(self) -> None:
         """Be over."""
         self.closed = True

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
     Run = Callable[[ToolCall], Outcome]
 
+GONE = "the caller went away"
+_KILL_AGAIN_S = 0.02
+
 _SPARE_THREADS = 4
 """Beside one for each cell: they decide and record while the others wait for theirs."""
 
@@ -77,7 +80,7 @@ class Calls:
         self._trips(cycle=cycle, roll_back=roll_back)
         return outcomes
 
-    async def arun(self, call: ToolCall, run: Run) -> Outcome:
+    async def arun(self, call: ToolCall, run: Run, *, kill: Callable[[], None] | None = None) -> Outcome:
         """Await `run(call)` in a thread. Cancelling it ends the call, in its cell or in the queue, and waits."""
         width, queue = self._guard._cells.width, self._guard._cells.queue
         with self._lock:
@@ -86,18 +89,22 @@ class Calls:
             self._under_way += 1
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(width + _SPARE_THREADS, thread_name_prefix="loopguard-call")
-        future = asyncio.get_running_loop().run_in_executor(self._threads, run, call)
+        job = self._threads.submit(run, call)
         try:
-            return await asyncio.shield(future)
+            return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            if not future.cancel():
-                self._guard._cells.kill(call.id, "the caller went away")
-                await asyncio.wait([future])
-                future.exception()  # it was told to end, and nobody else asks what became of it
+            # Not the wrapped one: that one can be cancelled while its thread runs on.
+            while not job.cancel() and not job.done():
+                # Again and again: it may be on its way to a cell, where nothing can be ended yet.
+                (kill or self._end(call))()
+                await asyncio.sleep(_KILL_AGAIN_S)
             raise
         finally:
             with self._lock:
                 self._under_way -= 1
+
+    def _end(self, call: ToolCall) -> Callable[[], None]:
+        return lambda: self._guard._cells.kill(call.id, GONE)
 
     def close(self) -> None:
         """Let the threads end."""
@@ -209,7 +216,7 @@ class EpisodeCalls:
 
     async def arun(self, call: ToolCall) -> Outcome:
         """The same, awaited; cancelling it ends the call and the episode."""
-        return await self._calls.arun(call, self.run)
+        return await self._calls.arun(call, self.run, kill=lambda: self.cell.kill(GONE))
 
     def close(self) -> None:
         """Take the cell down; may be called twice."""

@@ -58,6 +58,10 @@ class Episode(Protocol):
         """Run one call. Raises as `Runtime.run` does; after SandboxUnavailableError the episode is over."""
         ...
 
+    def kill(self, why: str) -> None:
+        """End the call that runs, and with it the episode; from any thread."""
+        ...
+
     def close(self) -> None:
         """Take the cell down; may be called twice."""
         ...

@@ -3,6 +3,9 @@
 set -eu
 mkdir -p /job
 chmod 1777 /job /tmp
+# Programs that want this one find it writable, as far as /tmp is.
+rm -rf /var/tmp
+ln -s /tmp /var/tmp
 find / -xdev -type f -perm /6000 -exec chmod ug-s {} +
 for tool in gcc cc g++ c++ ld as make apt apt-get dpkg pip pip3; do
     rm -f "/usr/bin/$tool" "/usr/local/bin/$tool" "/bin/$tool"

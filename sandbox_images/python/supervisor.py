@@ -46,6 +46,7 @@ NEWS = struct.Struct(">Bii")  # of the zygote: a call started (its pid), a call 
 HERE = os.path.dirname(os.path.abspath(__file__))
 WRITABLE = ("/job", "/tmp", "/dev/shm")
 PLACE = "/job/call"  # the same for every call: a traceback must not tell calls apart
+EPISODE_SCRIPTS = "/job/code"
 PROXY = "http://127.0.0.1:8118"
 ENVIRONMENT = {
     "PATH": "/usr/local/bin:/usr/bin:/bin",
@@ -255,7 +256,7 @@ def stand_by(language, uid, descriptors, options):
         high = [fcntl.fcntl(each, fcntl.F_DUPFD_CLOEXEC, 64) for each in descriptors[:4]]
         actions = [(os.POSIX_SPAWN_DUP2, descriptor, target) for target, descriptor in enumerate(high)]
         with socket.socket(fileno=os.dup(descriptors[3])) as go:
-            program = language.stand_by(go, cpu_seconds(options["limits"]))
+            program = language.stand_by(go, cpu_seconds(options["limits"]), scripts(options))
         try:
             # As a terminal has them; Python ignores both.
             default = [signal.SIGPIPE, signal.SIGXFSZ]
@@ -297,7 +298,7 @@ def wait_and_run(uid, descriptors, options, known):
                 write_file(name, file.read(size))
         if request["memory_mib"]:
             resource.setrlimit(resource.RLIMIT_AS, (request["memory_mib"] << 20,) * 2)
-        status = known[request["tool"]].run(code, PLACE)
+        status = known[request["tool"]].run(code, scripts(options))
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.write(2, f"the call could not be started: {error!r}\n".encode())
@@ -335,6 +336,15 @@ def become_the_call(uid, options):
         if options["mode"] != "episode":
             raise
     os.chdir(PLACE)
+
+
+def scripts(options):
+    """Where the code of a call is put. In an episode not among the files of the rollout, which may have its name."""
+    if options["mode"] != "episode":
+        return PLACE
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(EPISODE_SCRIPTS, 0o700)
+    return EPISODE_SCRIPTS
 
 
 def write_file(name, data):

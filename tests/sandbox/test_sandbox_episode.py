@@ -30,6 +30,13 @@ class TestEpisodes:
             assert episode.run(make_call("cat note", tool="sh")).text == "x"
             assert episode.run(make_call(PROCESSES)).text == "True\n"
 
+    def test_the_code_of_a_call_is_not_among_the_files_of_the_rollout(self):
+        """A rollout that writes a main.py keeps it, and can import it."""
+        with Bench(mode="episode") as bench, bench.runtime.episode() as episode:
+            assert episode.run(make_call("open('main.py', 'w').write('x = 7')")).ok
+            assert episode.run(make_call("import main; print(main.x)")).text == "7\n"
+            assert episode.run(make_call("cat main.py", tool="sh")).text == "x = 7"
+
     def test_background_processes_live_on_when_asked_for(self):
         """With `background` a server started by one call answers the next one, and ends with the episode."""
         with Bench(mode="episode", background=True) as bench:
@@ -53,23 +60,23 @@ class TestEpisodes:
         with Bench(mode="episode", cells=2) as bench:
             with bench.runtime.episode() as one, bench.runtime.episode() as two:
                 assert one.run(make_call("open('note', 'w').close()")).ok
-                assert two.run(make_call("import os; print(os.listdir('.'))")).text == "['main.py']\n"
+                assert two.run(make_call("import os; print(os.listdir('.'))")).text == "[]\n"
             assert until(lambda: bench.reasons() == ["closed", "closed"])
             with bench.runtime.episode() as three:
-                assert three.run(make_call("import os; print(os.listdir('.'))")).text == "['main.py']\n"
+                assert three.run(make_call("import os; print(os.listdir('.'))")).text == "[]\n"
 
     def test_a_call_without_an_episode_is_one_of_its_own(self):
         """`run` on episode cells: a new container for each call."""
         with Bench(mode="episode", cells=1) as bench:
             assert bench.text("open('note', 'w').close()") == ""
-            assert bench.text("import os; print(os.listdir('.'))") == "['main.py']"
+            assert bench.text("import os; print(os.listdir('.'))") == "[]"
 
     def test_an_episode_survives_a_memory_bomb_and_ends_with_its_cell(self):
         """The bomb costs its own process; a lost cell ends the episode, and later calls are told so."""
         with Bench(mode="episode") as bench:
             episode = bench.runtime.episode()
             assert episode.run(make_call("open('note', 'w').close(); x = bytearray(1 << 30)")).status == "oom"
-            assert episode.run(make_call("ls", tool="sh")).text.split() == ["main.py", "main.sh", "note"]
+            assert episode.run(make_call("ls", tool="sh")).text.split() == ["note"]
             waiting = threading.Timer(0.5, lambda: episode.kill("the caller went away"))
             waiting.start()
             with pytest.raises(SandboxUnavailableError, match="the caller went away"):

@@ -12,13 +12,13 @@ import sys
 SCRIPT = None
 
 
-def run(code, place):
+def run(code, folder):
     """Become the program; the exit status where that fails."""
     request = json.loads(code)
     argv = request["argv"]
     environment = {**os.environ, **request.get("env", {})}
     try:
-        os.chdir(request.get("cwd") or place)
+        os.chdir(request.get("cwd") or ".")
     except OSError as error:
         return failed(125, request["cwd"], error)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)

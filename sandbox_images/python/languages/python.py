@@ -27,9 +27,7 @@ def warm():
 
 def ready(place):
     """In the process of a call, before the call arrives."""
-    path = f"{place}/{SCRIPT}"
     main = types.ModuleType("__main__")
-    main.__file__ = path
     main.__builtins__ = __builtins__
     sys.modules["__main__"] = main
     sys.argv[:] = [SCRIPT]
@@ -43,13 +41,16 @@ def seed_numpy():
         numpy.random.seed(int.from_bytes(os.urandom(4), "little"))  # Python's own generator does so at every fork
 
 
-def run(code, place):
-    """Run code as a script would run, and give its exit status."""
-    with open(SCRIPT, "wb") as file:
+def run(code, folder):
+    """Run code as a script would run that is in this folder, and give its exit status."""
+    path = f"{folder}/{SCRIPT}"
+    with open(path, "wb") as file:
         file.write(code)
+    main = sys.modules["__main__"]
+    main.__file__ = path
     status = 0
     try:
-        exec(compile(code, f"{place}/{SCRIPT}", "exec", dont_inherit=True), sys.modules["__main__"].__dict__)
+        exec(compile(code, path, "exec", dont_inherit=True), main.__dict__)
     except BaseException as error:
         linecache.checkcache()
         status = explain(error)
