@@ -187,8 +187,11 @@ def tables(latency: Figures, rate: Figures) -> str:
     middle = {name: statistics.median(values) for name, values in {**latency, **rate}.items()}
     bare = middle["bare fork"]
     lines = ["| one client | p50 ms | p95 ms | times a bare fork |", "|---|---|---|---|"]
-    for name in (name for name in latency if not name.endswith("p95")):
-        lines.append(f"| {name} | {middle[name]:.2f} | {middle[f'{name} p95']:.2f} | {middle[name] / bare:.1f} |")
+    lines += [
+        f"| {name} | {middle[name]:.2f} | {middle[f'{name} p95']:.2f} | {middle[name] / bare:.1f} |"
+        for name in latency
+        if not name.endswith("p95")
+    ]
     lines += [
         "",
         "| clients | cycle.tool, calls per second | docker exec | ratio | p99 / p50 of a call |",

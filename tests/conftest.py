@@ -36,13 +36,24 @@ def missing_docker() -> str:
 
 
 @functools.cache
+def missing_runsc() -> str:
+    """Why tests that need gVisor cannot run, or the empty string."""
+    if why := missing_docker():
+        return why
+    done = subprocess.run(
+        ["docker", "info", "--format", "{{json .Runtimes}}"], capture_output=True, timeout=20, check=False
+    )
+    return "" if b'"runsc"' in done.stdout else "this Docker engine has no runtime runsc (gVisor)"
+
+
+@functools.cache
 def missing_train() -> str:
     """Why tests that train cannot run, or the empty string."""
     absent = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     return f"{' and '.join(absent)} not installed: pip install 'loopguard[train]'" if absent else ""
 
 
-_CHECKS = {"docker": missing_docker, "train": missing_train}
+_CHECKS = {"docker": missing_docker, "runsc": missing_runsc, "train": missing_train}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

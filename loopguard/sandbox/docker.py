@@ -54,6 +54,7 @@ _INODES = 8192
 _MOST_CODE_MIB = 16
 _MOST_STDIN_MIB = 256
 _OWN_FRAMES_MIB = 2
+_CPU_TURN_US, _LEAST_QUOTA_US = 20_000, 1000
 
 _users_lock = threading.Lock()
 _users_taken: list[range] = []
@@ -556,7 +557,9 @@ def host_config(spec: CellSpec) -> dict[str, Any]:
         "MemorySwap": memory,
         # A process of gVisor's own counts here too, and reaching this limit would crash it; RLIMIT_NPROC holds there.
         "PidsLimit": 4096 if spec.runtime == "runsc" else limits.pids + 2,
-        "NanoCpus": int(limits.cpus * 1e9),
+        # In short turns: who has used up one stands still for the rest of it, and PID 1 stands still with the call.
+        "CpuPeriod": _CPU_TURN_US,
+        "CpuQuota": max(int(limits.cpus * _CPU_TURN_US), _LEAST_QUOTA_US),
         "OomScoreAdj": 500,
         "Ulimits": [
             {"Name": "core", "Soft": 0, "Hard": 0},

@@ -181,6 +181,8 @@ def about_this_cell():
 
 def zygote(channel, options):
     channel.set_inheritable(False)
+    # PID 1 comes before its calls: a bomb must not keep it from ending the bomb.
+    os.nice(10)
     if options["privileges"] != "strict":
         os.setgroups([])
     known = languages()
@@ -602,6 +604,7 @@ class Cell:
         self.strict, self.episode = options["privileges"] == "strict", options["mode"] == "episode"
         self.calls = 0
         self.inbox = bytearray()
+        self.unheard = False  # the zygote has yet to say that the last call ended
         self.unread = 0  # of the payload of the frame that is being taken in
         self.oom, self.pids, self.tasks = Gauge("oom"), Gauge("pids"), Gauge("tasks")
         self.known = sorted(languages())
@@ -846,6 +849,8 @@ class Cell:
 
     def clean(self, uid):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
+        if self.unheard and not self.hear():
+            return "the end of a call was not told"
         self.reap()
         if not self.options["background"] and not self.empty(uid):
             return "a process could not be killed"
@@ -860,6 +865,16 @@ class Cell:
             return "a file could not be deleted"
         self.reap()
         return "a file was left" if any(os.listdir(mount) for mount in WRITABLE) else ""
+
+    def hear(self):
+        """Wait until the zygote has said that the last call ended; whether it did."""
+        self.unheard = False
+        deadline = time.monotonic() + CLEAN_S
+        while (left_s := deadline - time.monotonic()) > 0 and select.select([self.channel], [], [], left_s)[0]:
+            news = self.channel.recv(64)
+            if len(news) != NEWS.size or NEWS.unpack(news)[0] == ENDED:
+                return len(news) == NEWS.size
+        return False
 
     def empty(self, uid):
         """Wait until nobody is here but PID 1 and the zygote; whether that came true."""
@@ -961,6 +976,10 @@ class Watch:
         if self.why is not None:
             # Again and again: a process may not have changed its user yet, or be born while the others die.
             self.cell.kill(self.call.uid)
+            if not self.cell.episode and not self.cell.strict:
+                # It is dead, or will be before the cell is clean; how it died is no news, and the answer is due.
+                self.cell.unheard = True
+                return signal.SIGKILL, 0
             left_s = 0.02
         if self.orphan is not None:
             try:

@@ -249,15 +249,17 @@ class TestARunningService:
         assert "frozen" in one_line(err)
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """One service with real cells for all tests that need them."""
+    with serving(tmp_path_factory.mktemp("served"), program=("-m", "loopguard.cli")) as served:
+        yield served
+        assert served.end(signal.SIGTERM)[0] == 0
+
+
 @pytest.mark.docker
 class TestWithCells:
     """The whole way, through containers."""
-
-    @pytest.fixture(scope="class")
-    def served(self, tmp_path_factory):
-        with serving(tmp_path_factory.mktemp("served"), program=("-m", "loopguard.cli")) as served:
-            yield served
-            assert served.end(signal.SIGTERM)[0] == 0
 
     def test_a_program_prints_and_reads_its_input(self, served):
         told = served.run("print(input()[::-1])", stdin="wolg")
@@ -299,3 +301,14 @@ class TestWithCells:
         told = served.run("x = bytearray(200 << 20)", memory_limit_MB=64)
         assert told["status"] == "Failed"
         assert "MemoryError" in told["run_result"]["stderr"]
+
+    def test_a_client_that_goes_away_frees_its_cell(self, served):
+        """All cells are held by calls of clients that left, and the next call does not wait for their time limit."""
+        code = {"code": "while True: pass", "language": "python", "run_timeout": 10}
+        leaving = [served.send("POST", "/run_code", code) for _ in range(2)]
+        time.sleep(0.5)
+        for connection in leaving:
+            connection.close()
+        begin = time.monotonic()
+        assert served.run("print(1)")["status"] == "Success"
+        assert time.monotonic() - begin < 8

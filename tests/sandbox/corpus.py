@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,6 @@ from loopguard.types import Outcome, ToolCall
 
 if TYPE_CHECKING:
     from loopguard.audit.events import Entry
-    from loopguard.controller.calls import EpisodeCalls
 
     Run = Callable[[ToolCall], Outcome]
 
@@ -170,6 +168,7 @@ promotion:
     - {{metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.1}}
 """
 
+STOPPED = 5
 KEPT_BYTES = 64 << 10
 FLOOD_BYTES = 4 << 20
 
@@ -188,6 +187,8 @@ class Differs:
     not_played: bool = False
     leaves: tuple[str, ...] = ()
     """What the next call may find changed, by its name in the look around."""
+    broken: bool = False
+    """Whether the claim does not hold there, as far as we know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -293,10 +294,10 @@ def flooded(outcome: Outcome) -> None:
 
 
 def left(number: int) -> Callable[[Outcome], None]:
-    """So many processes were left running."""
+    """So many processes were left running; stopped ones may be gone by then, since the kernel hangs up on them."""
 
     def check(outcome: Outcome) -> None:
-        assert outcome.leftovers == number, outcome.leftovers
+        assert outcome.leftovers in {number, 0 if number == STOPPED else number}, outcome.leftovers
 
     return check
 
@@ -364,7 +365,7 @@ def lines(path):
         return error.errno
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
 found = {
-    "places": {place: sorted(os.listdir(place)) for place in ("/job", "/job/call", "/tmp", "/dev/shm")},
+    "places": {place: sorted(os.listdir(place)) for place in ("/job", "/job/call", "/tmp", "/var/tmp", "/dev/shm")},
     "processes": sorted(others - {1, os.getppid(), me}),
     "parent": os.getppid() != 1,
     "environment": dict(os.environ),
@@ -392,8 +393,7 @@ print(json.dumps(found))
 """What a call finds: the same before and after every case, to the last module and socket."""
 
 
-class Played(AssertionError):  # noqa: N818 - it names a claim that did not hold
-    """A claim that did not hold."""
+_TOO_MUCH = "x = bytearray(1 << 30)"
 
 
 class Stage:
@@ -424,7 +424,22 @@ class Stage:
         self.station.close()
 
     def play(self, case: Case) -> str:
-        """Play a case, look at everything after it, and give what it came to. Raises where a claim did not hold."""
+        """Play a case, look at everything after it, and give what it came to.
+
+        Raises AssertionError where a claim did not hold, for that case and for no later one.
+        """
+        there = case.there(self.kind)
+        try:
+            return self._play_and_look(case)
+        except AssertionError:
+            there = Differs(why="", broken=True)
+            raise
+        finally:
+            if self.kind.mode == "pooled" and (there.broken or there.leaves):
+                # What it left must not meet the next case: a cell that ran out of memory is replaced.
+                self.station.run(ToolCall(id=f"renew-{next(self._numbers)}", tool="python", code=_TOO_MUCH))
+
+    def _play_and_look(self, case: Case) -> str:
         if self.kind.mode != "episode":
             statuses = self._play(case, self.station.run)
         else:
@@ -534,6 +549,9 @@ _NO_FILTER = (
     "gVisor is a kernel of its own for each cell and applies no list of system calls; what works, works on that one"
 )
 _WHOLE_CELL = "gVisor's memory limit takes the whole cell with it"
+_CLOSED = "the kernel keeps closed connections, and their ports, in sight for a minute"
+_NO_SELF = "this gVisor shows a program that was started by a call nothing of itself under /proc"
+_FOLLOWS = "this gVisor follows a link that is opened as a folder, even where it is told not to"
 _NO_COUNTERS = "gVisor tells no cell that it ran into the process limit"
 
 _ENDLESS = (
@@ -586,7 +604,7 @@ _ENDLESS = (
         wall_s=1,
         check=within(1),
         everywhere=True,
-        differs={"runsc": Differs(why=_NO_COUNTERS, status="timeout")},
+        differs={"runsc": Differs(why=_NO_COUNTERS, status="timeout oom")},
     ),
     Case(
         row=2,
@@ -682,10 +700,15 @@ _ENDLESS = (
         name="stopped-children",
         claim="stopped children are killed with their call",
         code="import os, time\n"
-        "for _ in range(5):\n    if os.fork() == 0:\n        os.kill(os.getpid(), 19)\n        time.sleep(600)\n"
+        f"for _ in range({STOPPED}):\n    if os.fork() == 0:\n        os.kill(os.getpid(), 19)\n        time.sleep(600)\n"
         "time.sleep(0.2)",
-        check=left(5),
+        check=left(STOPPED),
         everywhere=True,
+        differs={
+            "runsc": Differs(
+                why="gVisor's kernel ends them itself when their parent goes, as Linux does a little later"
+            )
+        },
     ),
     Case(
         row=4,
@@ -822,6 +845,7 @@ _SUPERVISOR = (
                     "group",
                     "user",
                 ),
+                leaves=("nice", "processors"),
             )
         },
     ),
@@ -848,7 +872,20 @@ _SUPERVISOR = (
                 worked=tuple(
                     f"{who} {what}"
                     for who in ("first", "zygote")
-                    for what in ("environ", "maps", "auxv", "io", "fd", "fdinfo", "exe", "ns", "cwd", "root", "input")
+                    for what in (
+                        "environ",
+                        "maps",
+                        "auxv",
+                        "io",
+                        "fd",
+                        "fdinfo",
+                        "exe",
+                        "ns",
+                        "cwd",
+                        "root",
+                        "input",
+                        "output",
+                    )
                 ),
             )
         },
@@ -939,7 +976,7 @@ _MEMORY = (
         row=9,
         name="memory-places",
         claim="the writable places together are smaller than the memory",
-        code="for place in /job/call /tmp /dev/shm; do head -c 99999999 /dev/zero >$place/big; done 2>/dev/null\nexit 3",
+        code="for place in /job/call /tmp /var/tmp /dev/shm; do head -c 99999999 /dev/zero >$place/big; done 2>/dev/null\nexit 3",
         tool="sh",
         status="disk_limit",
     ),
@@ -963,7 +1000,7 @@ _DISK = (
             code=f"import os\nos.chdir({place!r})\n{_FILL}",
             status="disk_limit",
         )
-        for name, place in (("job", "."), ("tmp", "/tmp"), ("shm", "/dev/shm"))
+        for name, place in (("job", "."), ("tmp", "/tmp"), ("var", "/var/tmp"), ("shm", "/dev/shm"))
     ),
     Case(
         row=10,
@@ -1020,7 +1057,7 @@ _DISK = (
         claim="nothing of the image can be written: system, libraries, start-up files, accounts",
         code=tries(
             "import site, sysconfig\n"
-            "places = ['/x', '/etc/passwd', '/etc/x', '/etc/ld.so.preload', '/usr/x', '/usr/bin/sh', '/bin/sh', '/var/tmp/x',\n"
+            "places = ['/x', '/etc/passwd', '/etc/x', '/etc/ld.so.preload', '/usr/x', '/usr/bin/sh', '/bin/sh', '/var/x',\n"
             "  '/run/x', '/opt/loopguard/supervisor.py', '/opt/loopguard/languages/x.py', '/root/x', '/home/x', '/dev/x',\n"
             "  '/mnt/x', '/srv/x', sys.executable, json.__file__]\n"
             "for folder in {*sys.path[1:], *site.getsitepackages(), sysconfig.get_path('purelib')}:\n"
@@ -1235,6 +1272,7 @@ _FORGED = (
         code="ls /proc/self/fd | wc -l",
         tool="sh",
         prints=4,
+        differs={"runsc": Differs(why=_NO_SELF, not_played=True)},
     ),
     Case(
         row=16,
@@ -1243,6 +1281,7 @@ _FORGED = (
         code='{"argv": ["sh", "-c", "ls /proc/self/fd | wc -l"]}',
         tool="exec",
         prints=4,
+        differs={"runsc": Differs(why=_NO_SELF, not_played=True)},
     ),
 )
 
@@ -1339,6 +1378,11 @@ print(json.dumps(found))
         ),
         check=lambda _, second: nothing_worked(second),
         everywhere=True,
+        differs={
+            "runsc": Differs(
+                why="gVisor applies no list of system calls, and these live as long as the cell", broken=True
+            )
+        },
     ),
     Case(
         row=18,
@@ -1347,13 +1391,13 @@ print(json.dumps(found))
         code="import fcntl, os, socket, time\n"
         "a = socket.socket(socket.AF_UNIX); a.bind('\\0left'); a.listen()\n"
         "b = socket.create_server(('127.0.0.1', 4711))\n"
-        "for place in ('.', '/job', '/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
+        "for place in ('.', '/job', '/tmp', '/var/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
         "fcntl.flock(open('/tmp/left'), fcntl.LOCK_EX)\nif os.fork() == 0: time.sleep(600)",
         then=tries(
             "import socket\n"
             "attempt('abstract', lambda: socket.socket(socket.AF_UNIX).connect('\\0left'))\n"
             "attempt('server', lambda: socket.create_connection(('127.0.0.1', 4711), 2))\n"
-            "for place in ('.', '/job', '/tmp', '/dev/shm'): attempt(place, os.stat, place + '/left')\n"
+            "for place in ('.', '/job', '/tmp', '/var/tmp', '/dev/shm'): attempt(place, os.stat, place + '/left')\n"
             "attempt('key', native, (249, 218), b'user', b'left', 0, 0)"
         ),
         check=lambda _, second: nothing_worked(second),
@@ -1368,6 +1412,7 @@ print(json.dumps(found))
         "    one.close(); two.close()",
         then="print(len(open('/proc/net/tcp').read().splitlines()) - 1)",
         check=lambda _, second: written(b"0\n")(second),
+        differs={name: Differs(why=_CLOSED, broken=True) for name in ("pooled", "strict")},
     ),
 )
 
@@ -1542,7 +1587,7 @@ _KERNEL = (
                     *(
                         f"{how} {what}"
                         for how in ("unshare", "clone", "setns")
-                        for what in ("user", "mount", "net", "pid", "ipc", "uts", "cgroup")
+                        for what in ("user", "mount", "net", "pid", "ipc", "uts", "cgroup", "time")
                     ),
                     "mount as another root",
                     "clone3",
@@ -1563,6 +1608,12 @@ _KERNEL = (
             "attempt('open_by_handle_at', native, (304, 265), os.open('/', os.O_RDONLY), handle, 0)"
         ),
         worked=(),
+        differs={
+            "runsc": Differs(
+                why="gVisor lets anybody make a node; behind it are its own null and zero, and nothing else",
+                worked=("null", "mem", "disk", "whiteout"),
+            )
+        },
     ),
     Case(
         row=23,
@@ -1576,7 +1627,7 @@ _KERNEL = (
             "    attempt(name, apart, action, *arguments)\n"
             "status = dict(line.split(':', 1) for line in open('/proc/self/status'))\n"
             "for name in ('CapEff', 'CapPrm', 'CapInh', 'CapAmb'):\n"
-            "    said[name] = 'worked' if int(status[name], 16) else 'none'\n"
+            "    said[name] = 'worked' if int(status.get(name, '0'), 16) else 'none'\n"
             "attempt('capset', native, (126, 91), ctypes.c_char_p(b'\\x22\\x05\\x08\\x20\\0\\0\\0\\0'),\n"
             "        ctypes.c_char_p(b'\\xff' * 24))"
         ),
@@ -1622,7 +1673,8 @@ _KERNEL = (
         everywhere=True,
         differs={
             "runsc": Differs(
-                why=_NO_FILTER, worked=("personality", "userfaultfd", "keyctl", "add_key", "syslog", "vmsplice")
+                why=_NO_FILTER,
+                worked=("io_uring_setup", "personality", "userfaultfd", "keyctl", "add_key", "syslog", "vmsplice"),
             )
         },
     ),
@@ -1732,6 +1784,7 @@ _FILES = (
             ),
         ),
         everywhere=True,
+        differs={"runsc": Differs(why=_FOLLOWS, broken=True)},
     ),
     Case(
         row=26,
@@ -1749,6 +1802,7 @@ _FILES = (
         code="import os, shutil\nos.chdir('/')\nshutil.rmtree('/job/call')\nos.symlink('/etc', '/job/call')",
         fetch=("passwd", "."),
         check=fetched(missed=("passwd", ".")),
+        differs={"runsc": Differs(why=_FOLLOWS, broken=True)},
     ),
     Case(
         row=26,
@@ -1760,6 +1814,7 @@ _FILES = (
         "import time; time.sleep(0.2)",
         fetch=("d/passwd", "l/passwd", "t/passwd", "."),
         check=lambda outcome: nothing_of_the_image(outcome),
+        differs={"runsc": Differs(why=f"{_FOLLOWS}; what lies there when the call ends is chance", not_played=True)},
     ),
     Case(
         row=26,
