@@ -34,7 +34,8 @@ ENDLESS = {
     ),
     "has stopped itself": "import os; os.kill(os.getpid(), 19)",
     "has forty daemons": (
-        "import os, time\nfor _ in range(40):\n    if os.fork() == 0:\n        os.setsid(); time.sleep(99)\ntime.sleep(99)"
+        "import os, time\nfor _ in range(40):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(99)\n"
+        "time.sleep(99)"
     ),
     "writes without end": "import os\nwhile True: os.write(1, b'x')",
     "forks without end": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",

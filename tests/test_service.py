@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -505,6 +506,14 @@ class TestTrouble:
             assert lab.ask("GET", "/v1/ping").status == 200
         assert len(lab.calls) == 1
 
+    def test_a_log_that_cannot_be_written_shows_in_its_health(self, served, monkeypatch):
+        def frozen(_station):
+            raise AuditWriteError("disk full")
+
+        monkeypatch.setattr(ToolStation, "frozen", property(frozen))
+        health = served.ask("GET", "/healthz")
+        assert (health.status, health.json) == (503, {"status": "failing"})
+
 
 class TestGoingDown:
     def test_waits_for_calls_that_end_within_the_grace(self, lab):
@@ -531,6 +540,15 @@ class TestGoingDown:
             assert lab.run().status == 503
             assert lab.ask("GET", "/healthz").json == {"status": "closing"}
         assert lab.calls == []
+
+
+def test_the_page_about_it_names_every_field_and_status():
+    """What a client can send or get is written down."""
+    page = (Path(__file__).parent.parent / "docs" / "serve.md").read_text()
+    fields = [field.alias or name for name, field in services.RunCode.model_fields.items()]
+    answered = services.fault("")
+    told = [*fields, *answered, *answered["run_result"], "not_fetched", "frozen", "failing", "closing"]
+    assert [name for name in told if f"`{name}" not in page and f"`run_result.{name}" not in page] == []
 
 
 def test_without_the_serve_extra_it_says_what_to_install(monkeypatch):

@@ -15,6 +15,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from loopguard.sandbox.attest import old_runc
+
 _IMAGE = "loopguard/python:1"
 _FREE_MIB = 1024
 
@@ -73,6 +75,11 @@ def _engine() -> list[Finding]:
         Finding(state="fine", what="cgroup", found=f"version {cgroup}"),
         _runtimes(sorted(facts.get("Runtimes", {}))),
     ]
+    runc = _docker(
+        "version", "--format", '{{range .Server.Components}}{{if eq .Name "runc"}}{{.Version}}{{end}}{{end}}'
+    )
+    if why := old_runc((runc or "").strip()):
+        found.append(Finding(state="trouble", what="runc", found=why, do="update Docker"))
     if _docker("image", "inspect", "--format", "{{.Id}}", _IMAGE) is None:
         image = Finding(state="trouble", what="image", found=f"{_IMAGE} is not built", do="loopguard sandbox build")
     else:

@@ -75,11 +75,6 @@ def _profile(profile: Profile, where: Where) -> Iterator[Lint]:
         half_mib = limits.tmpfs_mib // 2
         message = f"{limits.files_mib} MiB of files do not fit into the folder of a call: half of tmpfs, {half_mib} MiB"
         yield (*where, "limits", "files_size"), message
-    if profile.background:
-        message = (
-            "what a call starts in the background outlives its wall limit, and only the end of the episode stops it"
-        )
-        yield (*where, "background"), message
 
 
 def _egress(egress: Egress, where: Where, *, watched: bool) -> Iterator[Lint]:
@@ -93,12 +88,6 @@ def _egress(egress: Egress, where: Where, *, watched: bool) -> Iterator[Lint]:
                 f"{place.host} leads into a network of your own, if anywhere, and the proxy only to public addresses"
             )
             yield (*here, "host"), message
-        if place.secret_headers:
-            names = ", ".join(sorted(set(place.secret_headers.values())))
-            message = (
-                f"calls cannot read {names}, yet act with it at {place.host}; let it stand for as little as can be"
-            )
-            yield (*here, "secret_headers"), message
 
 
 def _updates(updates: Updates) -> Iterator[Lint]:

@@ -21,7 +21,8 @@ def test_a_sound_policy_has_none(findings):
     "lines",
     [
         "egress: {allow: [{host: api.example.org, port: 443}]}",
-        "background: false",
+        "egress: {allow: [{host: api.example.org, port: 443, secret_headers: {X-Key: KEY}}]}",
+        "mode: episode\n      background: true",
         "mode: episode",
         "privileges: strict",
         "queue: 0",

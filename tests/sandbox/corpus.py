@@ -365,7 +365,7 @@ def lines(path):
         return error.errno
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())
 found = {
-    "places": {place: sorted(os.listdir(place)) for place in ("/job", "/job/call", "/tmp", "/var/tmp", "/dev/shm")},
+    "places": {place: sorted(os.listdir(place)) for place in ("/job", "/job/call", "/tmp", "/dev/shm")},
     "processes": sorted(others - {1, os.getppid(), me}),
     "parent": os.getppid() != 1,
     "environment": dict(os.environ),
@@ -976,7 +976,7 @@ _MEMORY = (
         row=9,
         name="memory-places",
         claim="the writable places together are smaller than the memory",
-        code="for place in /job/call /tmp /var/tmp /dev/shm; do head -c 99999999 /dev/zero >$place/big; done 2>/dev/null\nexit 3",
+        code="for place in /job/call /tmp /dev/shm; do head -c 99999999 /dev/zero >$place/big; done 2>/dev/null\nexit 3",
         tool="sh",
         status="disk_limit",
     ),
@@ -1000,7 +1000,7 @@ _DISK = (
             code=f"import os\nos.chdir({place!r})\n{_FILL}",
             status="disk_limit",
         )
-        for name, place in (("job", "."), ("tmp", "/tmp"), ("var", "/var/tmp"), ("shm", "/dev/shm"))
+        for name, place in (("job", "."), ("tmp", "/tmp"), ("shm", "/dev/shm"))
     ),
     Case(
         row=10,
@@ -1391,13 +1391,13 @@ print(json.dumps(found))
         code="import fcntl, os, socket, time\n"
         "a = socket.socket(socket.AF_UNIX); a.bind('\\0left'); a.listen()\n"
         "b = socket.create_server(('127.0.0.1', 4711))\n"
-        "for place in ('.', '/job', '/tmp', '/var/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
+        "for place in ('.', '/job', '/tmp', '/dev/shm'): open(place + '/left', 'w').write('x')\n"
         "fcntl.flock(open('/tmp/left'), fcntl.LOCK_EX)\nif os.fork() == 0: time.sleep(600)",
         then=tries(
             "import socket\n"
             "attempt('abstract', lambda: socket.socket(socket.AF_UNIX).connect('\\0left'))\n"
             "attempt('server', lambda: socket.create_connection(('127.0.0.1', 4711), 2))\n"
-            "for place in ('.', '/job', '/tmp', '/var/tmp', '/dev/shm'): attempt(place, os.stat, place + '/left')\n"
+            "for place in ('.', '/job', '/tmp', '/dev/shm'): attempt(place, os.stat, place + '/left')\n"
             "attempt('key', native, (249, 218), b'user', b'left', 0, 0)"
         ),
         check=lambda _, second: nothing_worked(second),
@@ -2227,3 +2227,8 @@ CASES = (
 def played_in(kind: Kind) -> list[Case]:
     """The cases of one kind of cell."""
     return [case for case in CASES if (kind.whole or case.everywhere) and not case.there(kind).not_played]
+
+
+def one_line(text: str) -> str:
+    """Text of a claim for a cell of a table."""
+    return text.replace("\\", "\\\\").replace("|", "\\|")
