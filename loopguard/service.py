@@ -330,7 +330,7 @@ class Service:
                     if len(body) > _BODY_MIB << 20:
                         raise _too_large()
                     if self._held > _HELD_MIB << 20:
-                        raise _later("too many large requests wait for an answer; come back later", close=True)
+                        raise _later("too many large requests wait for an answer; come back later")
             return RunCode.model_validate_json(bytes(body)), len(body)
         except BaseException as error:
             self._held -= len(body)
@@ -412,8 +412,7 @@ def _holds(authorization: str, token: str) -> bool:
 
 
 def _said(status: int, detail: Any, headers: Mapping[str, str] | None = None) -> Response:
-    # Its body may be unread, and an unread body must not be taken for the next request.
-    return JSONResponse({"detail": detail}, status, headers={"Connection": "close", **(headers or {})})
+    return JSONResponse({"detail": detail}, status, headers=headers)
 
 
 async def _refused(_request: Request, refusal: Exception) -> Response:
@@ -444,13 +443,14 @@ def _declared(headers: Headers) -> int:
     return int(length) if length.isascii() and length.isdigit() else 0
 
 
-def _later(detail: str, *, close: bool = False) -> HTTPException:
+def _later(detail: str) -> HTTPException:
     """504 is the one status after which clients try again."""
-    return HTTPException(504, detail, headers={"Retry-After": "1", **({"Connection": "close"} if close else {})})
+    return HTTPException(504, detail, headers={"Retry-After": "1"})
 
 
 def _too_large() -> HTTPException:
-    return HTTPException(413, f"the request has more than {_BODY_MIB} MiB", headers={"Connection": "close"})
+    # The connection stays open: the rest is read and thrown away, or else the client would see a reset and no answer.
+    return HTTPException(413, f"the request has more than {_BODY_MIB} MiB")
 
 
 def _problem(place: tuple[int | str, ...], message: str, kind: str) -> dict[str, Any]:

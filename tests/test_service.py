@@ -389,7 +389,7 @@ class TestTheRequest:
     @pytest.mark.parametrize("chunked", [False, True])
     def test_that_is_too_large_is_413(self, served, monkeypatch, chunked):
         monkeypatch.setattr(services, "_BODY_MIB", 1)
-        body = json.dumps(HELLO | {"stdin": "x" * (1 << 20)}).encode()
+        body = json.dumps(HELLO | {"stdin": "x" * (9 << 20)}).encode()
         answered = served.run((body[at : at + 9999] for at in range(0, len(body), 9999)) if chunked else body)
         assert answered.status == 413
         assert served.calls == []
@@ -428,6 +428,7 @@ class TestTheDoor:
             for given in (f"Bearer {TOKEN}", f"bearer {TOKEN}", f"Basic {basic}"):
                 assert lab.run(headers=JSON | {"Authorization": given}).status == 200
             assert len(lab.calls) == 3
+            assert lab.run(stdin="x" * (5 << 20)).status == 401
             assert lab.ask("GET", "/healthz").status == 200
 
     def test_is_shut_to_web_pages(self, served):

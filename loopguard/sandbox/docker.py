@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 OWNER, RUN, DEADLINE = "loopguard.owner", "loopguard.run", "loopguard.deadline"
 """Labels of every cell: whose it is, of which run, and when it may be swept away whoever owns it (seconds, UTC)."""
 
+PROTOCOL = "loopguard.protocol"
+"""Label of every image: which frames its supervisor speaks."""
+
 _SUPERVISOR = "/opt/loopguard/supervisor.py"
 _START_S = 30
 _GRACE_S = 10
@@ -248,10 +251,6 @@ class DockerCell:
         hello = self._channel.receive(wire.HELLO, timeout_s=_START_S).header
         found = self._engine.inspect(self._id)
         asked = host_config(self._spec)
-        if hello.get("protocol") != wire.PROTOCOL:
-            raise SandboxUnavailableError(
-                f"the image {self._spec.image} is of another version of LoopGuard: run `loopguard sandbox build`"
-            )
         differs = attest.differences(asked, found["HostConfig"]) + attest.mounts(found.get("Mounts"))
         if not found["Config"].get("StdinOnce"):
             differs.append("StdinOnce is off: the cell would outlive its owner")
@@ -473,7 +472,13 @@ class DockerRuntime:
         runc = str(info["RuncVersion"])
         if self._spec.runtime == "runc" and (why := attest.old_runc(runc)):
             raise SandboxUnavailableError(why)
-        self._image = str(engine.image(self._spec.image)["Id"])
+        image = engine.image(self._spec.image)
+        if (image["Config"].get("Labels") or {}).get(PROTOCOL) != str(wire.PROTOCOL):
+            raise SandboxUnavailableError(
+                f"the image {self._spec.image} is not made for this version of LoopGuard: run `loopguard sandbox build`, "
+                f"and build images of your own on its result"
+            )
+        self._image = str(image["Id"])
         self._mapped = any("userns" in each or "rootless" in each for each in info.get("SecurityOptions") or ())
         self._facts = {
             "engine": info["ServerVersion"],

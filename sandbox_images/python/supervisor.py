@@ -566,10 +566,9 @@ class Standby:
             passed = {name: request[name] for name in ("tool", "code_bytes", "files", "memory_mib")}
             text = json.dumps(passed).encode()
             write_all(self.request, len(text).to_bytes(4, "big") + text)
-        else:
-            _, (script, *_), _, _ = socket.recv_fds(self.go, 16, 1)
+        elif scripts := socket.recv_fds(self.go, 16, 1)[1]:
             os.close(self.request)
-            self.request = script
+            self.request = scripts[0]
         for part in parts:
             write_all(self.request, part)
 
@@ -578,7 +577,8 @@ class Standby:
             # The other side shares the position in the file.
             os.lseek(self.request, 0, os.SEEK_SET)
         os.close(self.request)
-        self.go.send(b"g\n")
+        with contextlib.suppress(BrokenPipeError):  # there was no fork, and the zygote says why
+            self.go.send(b"g\n")
         self.go.close()
 
     def dismiss(self):
@@ -608,6 +608,7 @@ class Cell:
         self.unread = 0  # of the payload of the frame that is being taken in
         self.oom, self.pids, self.tasks = Gauge("oom"), Gauge("pids"), Gauge("tasks")
         self.known = sorted(languages())
+        self.egress = module("tunnels", f"{HERE}/tunnels.py") if options["egress"] else None
         self.standby = None
         self.shell_calls = 0  # in a row
         self.start_zygote()
@@ -706,9 +707,9 @@ class Cell:
 
     def tunnels(self, poll):
         """Ways out for one call, where the policy has any."""
-        if not self.options["egress"]:
+        if self.egress is None:
             return None
-        return module("tunnels", f"{HERE}/tunnels.py").Tunnels(poll, self.send)
+        return self.egress.Tunnels(poll, self.send)
 
     def pass_on(self, tunnels):
         """Whole frames that came in during a call are for its tunnels."""

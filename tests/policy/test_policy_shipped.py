@@ -99,7 +99,7 @@ class TestAgent:
 
     def test_its_limits_are_generous(self):
         limits = load(shipped("agent")).policy.sandbox.profiles["rollout"].limits
-        assert (limits.wall_s, limits.memory_mib, limits.tmpfs_mib) == (60.0, 512, 128)
+        assert (limits.wall_s, limits.memory_mib, limits.tmpfs_mib) == (60.0, 1024, 480)
         assert (limits.output_kib, limits.flood_mib) == (10 * 1024, 256)
         assert (limits.files, limits.files_mib, limits.files_depth) == (1000, 32, 16)
 
