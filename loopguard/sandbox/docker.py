@@ -475,8 +475,8 @@ class DockerRuntime:
         image = engine.image(self._spec.image)
         if (image["Config"].get("Labels") or {}).get(PROTOCOL) != str(wire.PROTOCOL):
             raise SandboxUnavailableError(
-                f"the image {self._spec.image} is not made for this version of LoopGuard: run `loopguard sandbox build`, "
-                f"and build images of your own on its result"
+                f"the image {self._spec.image} is not made for this version of LoopGuard: "
+                f"run `loopguard sandbox build`, and build images of your own on its result"
             )
         self._image = str(image["Id"])
         self._mapped = any("userns" in each or "rootless" in each for each in info.get("SecurityOptions") or ())

@@ -782,7 +782,7 @@ class Cell:
             },
             b"".join([*kept, *(data for _, data in fetch.files)]),
         )
-        doubt = doubt or self.clean(call.uid)
+        doubt = doubt or self.clean(call.uid, alone=bool(why) or not self.options["background"])
         # Counted anew: what was stopped by a limit while it was being killed belongs to this call.
         self.before = self.counters()
         self.send(CLEAN, {"id": request["id"], "doubt": doubt})
@@ -848,12 +848,12 @@ class Cell:
         os.waitpid(self.zygote, 0)
         self.zygote = -1
 
-    def clean(self, uid):
+    def clean(self, uid, *, alone=True):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
         if self.unheard and not self.hear():
             return "the end of a call was not told"
         self.reap()
-        if not self.options["background"] and not self.empty(uid):
+        if alone and not self.empty(uid):
             return "a process could not be killed"
         if self.zygote < 0:
             if not self.strict:
