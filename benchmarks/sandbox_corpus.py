@@ -3,8 +3,8 @@
     python benchmarks/sandbox_corpus.py                       the table, in about two minutes
     python benchmarks/sandbox_corpus.py --kinds pooled,runsc  some kinds only
 
-Prints the table of `docs/sandbox-corpus.md` as markdown. A kind whose runtime the engine does not have stays empty. Exit
-code 1 where a claim did not hold that the corpus says holds.
+Prints the table of `docs/sandbox-corpus.md` as markdown. A kind whose runtime the engine does not have stays empty.
+Exit code 1 where a claim did not hold that the corpus says holds.
 """
 
 from __future__ import annotations
