@@ -8,10 +8,6 @@ differently; a second request behind the first; secrets, which are added here an
 
 Not covered: what calls tell a place that they may reach, what travels inside a CONNECT tunnel, and secrets that a host
 repeats in a body. `docs/egress.md` has the long list.
-
-Requests are parsed here rather than by an HTTP library, because the point is how little is understood. Libraries
-forgive: they join folded lines, take bare line feeds, and let one of two lengths win. Whatever is not plainly one of
-two forms is refused, and so there is no second reading of it.
 """
 
 from __future__ import annotations
@@ -28,10 +24,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import unquote_to_bytes
 
 from loopguard.errors import SandboxUnavailableError
+from loopguard.sandbox.http_request import OURS, TOKEN, MalformedError, Request, parse, same, shown
 from loopguard.sandbox.wire import ACK, DATA, OPEN, SHUT, TUNNEL, ProtocolError
 
 if TYPE_CHECKING:
@@ -46,7 +43,6 @@ WINDOW = 256 << 10
 PIECE = 64 << 10
 MAX_HEAD = 16 << 10
 MAX_REPLY_HEAD = 64 << 10
-MAX_HEADERS = 100
 
 HEAD_S = 10.0
 RESOLVE_S = 5.0
@@ -60,23 +56,13 @@ LINGER_S = 5.0
 
 _WORKERS = 32
 _ADDRESSES = 4
-_SHOWN = 200
 _LONG_WORD = 8
 
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-_REQUEST_LINE = re.compile(rb"(" + _TOKEN + rb") ([\x21-\x7e]+) HTTP/1\.([01])")
-_HEADER = re.compile(rb"(" + _TOKEN + rb"):([\t\x20-\x7e\x80-\xff]*)")
-_AUTHORITY = re.compile(r"([A-Za-z0-9._-]{1,255}|\[[0-9A-Fa-f:.]{2,64}\])(?::([1-9][0-9]{0,4}))?")
 _BARE_LINE_END = re.compile(rb"(?<!\r)\n|\r(?=[^\n])")
 _STATUS_LINE = re.compile(rb"HTTP/1\.[01] ([1-5])[0-9]{2}(?: [\t\x20-\x7e\x80-\xff]*)?\r\n")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*")
 _NUMBER = re.compile(r"(?:0[xX][0-9A-Fa-f]*|[0-9]+)")
-
-_OURS = frozenset(
-    b"connection content-length host http2-settings keep-alive te trailer transfer-encoding upgrade".split()
-)
-"""Headers that are between a client and its proxy, or that the proxy writes anew."""
 
 _ANSWERS = {
     400: (b"Bad Request", b"This request is not understood.\n"),
@@ -103,10 +89,6 @@ Connect = Callable[[str, int, float], socket.socket]
 """A connection to an address and port within some seconds. May wait, and raises OSError."""
 Send = Callable[[int, dict[str, Any], bytes], None]
 OnEvent = Callable[[dict[str, Any]], None]
-
-
-class _MalformedError(Exception):
-    """A request that is neither of the two forms."""
 
 
 class _RefusedError(Exception):
@@ -162,7 +144,7 @@ class Egress:
             place = _place(rule, environ)
             if self._places.setdefault((rule.host, rule.port), place) is not place:
                 raise SandboxUnavailableError(
-                    f"egress to {_shown(place.name)} is permitted twice; keep one of the rules"
+                    f"egress to {shown(place.name)} is permitted twice; keep one of the rules"
                 )
         self.resolve = resolve or _resolve
         self.connect = connect or _connect
@@ -340,7 +322,7 @@ class _Connection:
         self._tunnels = tunnels
         self._stage: Literal["head", "resolve", "connect", "open", "answered", "over"] = "head"
         self._event = _event("failed", "")
-        self._request: _Request | None = None
+        self._request: Request | None = None
         self._place: _Place | None = None
         self._errand: _Errand | None = None
         self._upstream: socket.socket | None = None
@@ -386,7 +368,7 @@ class _Connection:
         match self._stage:
             case "head":
                 if self.inbox:
-                    raise _MalformedError("no whole request head in time")
+                    raise MalformedError("no whole request head in time")
                 self._event["reason"] = "no request"
                 self._finish(reset=True)
             case "resolve":
@@ -404,10 +386,10 @@ class _Connection:
             # The place had said all it had to say; that it no longer listens is how most connections end.
             self._finish(reset=True)
             return
-        code = {_MalformedError: 400, _RefusedError: 403}.get(type(error), 502)
-        plain = isinstance(error, (_MalformedError, _RefusedError, _FailedError))
+        code = {MalformedError: 400, _RefusedError: 403}.get(type(error), 502)
+        plain = isinstance(error, (MalformedError, _RefusedError, _FailedError))
         self._event["result"] = "failed" if code == 502 else "refused"
-        self._event["reason"] = _shown(str(error) if plain else f"{type(error).__name__}: {error}")
+        self._event["reason"] = shown(str(error) if plain else f"{type(error).__name__}: {error}")
         self.abort()
         if self._given:
             self._finish(reset=True)
@@ -438,20 +420,20 @@ class _Connection:
         end = self.inbox.find(b"\r\n\r\n", 0, MAX_HEAD)
         if end < 0:
             if len(self.inbox) >= MAX_HEAD:
-                raise _MalformedError(f"a request head of more than {MAX_HEAD >> 10} KiB")
+                raise MalformedError(f"a request head of more than {MAX_HEAD >> 10} KiB")
             if _BARE_LINE_END.search(self.inbox):
-                raise _MalformedError("a line of the request head ends in no CR LF")
+                raise MalformedError("a line of the request head ends in no CR LF")
             if self.cell_shut:
                 if not self.inbox:
                     self._event["reason"] = "no request"
                     self._finish()
                     return
-                raise _MalformedError("it ended within the request head")
+                raise MalformedError("it ended within the request head")
             return
         head = bytes(self.inbox[:end])
         del self.inbox[: end + 4]
         self._acknowledge(end + 4)
-        self._request = _parse(head, self._event)
+        self._request = parse(head, self._event)
         self._place = self._tunnels.egress.place(self._request.host, self._request.port)
         place, resolve = self._place, self._tunnels.egress.resolve
         self._go("resolve", RESOLVE_S, lambda _: tuple(resolve(place.host, place.port)), self._resolved)
@@ -464,14 +446,14 @@ class _Connection:
         # One is enough: a name with a public and a private address is how a browser is led into a local network.
         for address in addresses:
             if not public(address):
-                self._event["address"] = _shown(address)
+                self._event["address"] = shown(address)
                 raise _RefusedError("the name leads to an address that is not public")
         place, egress = self._place, self._tunnels.egress
         assert self._request is not None
         tls = egress.tls if place.tls and not self._request.tunnel else None
         time_s = CONNECT_S + (HANDSHAKE_S if tls else 0)
         # Told before it happens: what nobody recorded must not have left the cell.
-        self._tunnels.announce({**self._event, "result": "permitted", "address": ", ".join(map(_shown, addresses))})
+        self._tunnels.announce({**self._event, "result": "permitted", "address": ", ".join(map(shown, addresses))})
         self._go("connect", time_s, lambda errand: _dial(errand, egress, place, addresses, tls), self._connected)
 
     def _connected(self, found: Any) -> None:
@@ -485,7 +467,7 @@ class _Connection:
         if self._request.tunnel:
             self._give(b"HTTP/1.1 200 Connection established\r\n\r\n")
         else:
-            self._outbox += self._request.head(self._place)
+            self._outbox += self._request.head(self._place.host_header, self._place.secrets)
             self._reply_head_due = bool(self._place.secrets)
         self.pump()
 
@@ -816,123 +798,6 @@ class _Place:
         return False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """What one connection asks for."""
-
-    method: bytes
-    host: str
-    port: int
-    path: bytes
-    minor: bytes
-    headers: tuple[tuple[bytes, bytes], ...]
-    body: _Body
-    length: bytes | None = None
-
-    @property
-    def tunnel(self) -> bool:
-        """Whether it is a CONNECT."""
-        return self.method == b"CONNECT"
-
-    def head(self, place: _Place) -> bytes:
-        """The request head as this place gets it, with its secrets."""
-        named = {
-            _same(name)
-            for header, value in self.headers
-            if header.lower() == b"connection"
-            for name in re.findall(_TOKEN, value)
-        }
-        named |= _OURS | {_same(header) for header, _ in place.secrets}
-        lines = [b"%s %s HTTP/1.%s" % (self.method, self.path, self.minor), b"Host: " + place.host_header.encode()]
-        kept = [
-            each for each in self.headers if _same(each[0]) not in named and not _same(each[0]).startswith(b"proxy-")
-        ]
-        lines += [b"%s: %s" % each for each in (*kept, *place.secrets)]
-        if self.length is not None:
-            lines.append(b"Content-Length: " + self.length)
-        elif isinstance(self.body, _Chunked):
-            lines.append(b"Transfer-Encoding: chunked")
-        return b"\r\n".join([*lines, b"Connection: close", b"", b""])
-
-
-class _Body(Protocol):
-    """Which of the bytes behind a request head belong to it."""
-
-    done: bool
-
-    def take(self, inbox: bytearray, most: int) -> bytes:
-        """Cut some of them off. Nothing means that more has to come, or that there is no room."""
-        ...
-
-
-class _Everything:
-    """All of them: a tunnel."""
-
-    done = False
-
-    def take(self, inbox: bytearray, most: int) -> bytes:
-        return _cut(inbox, most)
-
-
-class _Counted:
-    """As many as Content-Length says."""
-
-    def __init__(self, length: int) -> None:
-        self._left = length
-        self.done = not length
-
-    def take(self, inbox: bytearray, most: int) -> bytes:
-        piece = _cut(inbox, min(most, self._left))
-        self._left -= len(piece)
-        self.done = not self._left
-        return piece
-
-
-class _Chunked:
-    """Chunks in their plainest form: a size, the data, an empty one at the end. No extensions, no trailers."""
-
-    def __init__(self) -> None:
-        self.done = False
-        self._left = 0
-        self._expected: Literal["size", "data", "end"] = "size"
-        self._last = False
-
-    def take(self, inbox: bytearray, most: int) -> bytes:
-        if most < _SIZE_LINE:
-            return b""
-        if self._expected == "data":
-            piece = _cut(inbox, min(most, self._left))
-            self._left -= len(piece)
-            if not self._left:
-                self._expected = "end"
-            return piece
-        if self._expected == "end":
-            if not b"\r\n".startswith(inbox[:2]):
-                raise _MalformedError("a chunk that does not end where it says, or a trailer")
-            if len(inbox) < 2:
-                return b""
-            self._expected, self.done = "size", self._last
-            return _cut(inbox, 2)
-        end = inbox.find(b"\r\n", 0, _SIZE_LINE)
-        if end < 0 and len(inbox) < _SIZE_LINE:
-            return b""
-        if end < 0 or not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", inbox[:end]):
-            raise _MalformedError("a chunk whose size is not a plain number")
-        self._left = int(inbox[:end], 16)
-        self._last = not self._left
-        self._expected = "end" if self._last else "data"
-        return _cut(inbox, end + 2)
-
-
-_SIZE_LINE = 10
-
-
-def _cut(inbox: bytearray, most: int) -> bytes:
-    piece = bytes(inbox[:most])
-    del inbox[: len(piece)]
-    return piece
-
-
 def _checked(kind: int, header: Mapping[str, Any], payload: bytes) -> int:
     """The number of the connection that a frame is about. Raises ProtocolError."""
     keys = {"conn"} | {SHUT: {"reset"}, ACK: {"bytes"}}.get(kind, set())
@@ -950,87 +815,21 @@ def _checked(kind: int, header: Mapping[str, Any], payload: bytes) -> int:
         or len(payload) > PIECE
         or bool(payload) != (kind == DATA)
     ):
-        raise ProtocolError(f"a frame of type {kind} with {_shown(repr(dict(header)))} and {len(payload)} bytes")
+        raise ProtocolError(f"a frame of type {kind} with {shown(repr(dict(header)))} and {len(payload)} bytes")
     return number
-
-
-def _parse(head: bytes, event: dict[str, Any]) -> _Request:
-    """A request head without its empty line; notes in the event where it wants to go. Raises _MalformedError."""
-    first, *rest = head.split(b"\r\n")
-    line = _REQUEST_LINE.fullmatch(first)
-    if line is None:
-        raise _MalformedError("a request line in no form that is taken")
-    method, target, minor = line.groups()
-    if method == b"CONNECT":
-        authority, path = target.decode("ascii"), b""
-    elif target.startswith(b"http://") and b"#" not in target:
-        name, slash, path = re.fullmatch(rb"([^/?]*)([/?]?)(.*)", target.removeprefix(b"http://")).groups()  # type: ignore[union-attr] # matches everything
-        authority, path = name.decode("ascii"), (b"/" if slash == b"/" else b"/" + slash) + path
-    else:
-        raise _MalformedError("a request line in no form that is taken")
-    event["host"] = _shown(authority)
-    where = _AUTHORITY.fullmatch(authority)
-    if where is None or (method == b"CONNECT" and where[2] is None) or int(where[2] or 80) > 65535:
-        raise _MalformedError("not a host and a port")
-    host, port = where[1], int(where[2] or 80)
-    event["host"], event["port"] = _shown(host), port
-    if method.upper() in {b"TRACE", b"TRACK"} or method.upper() == b"CONNECT" != method:
-        # A TRACE would show the cell what is added to it here.
-        raise _MalformedError("a method that is not taken")
-    headers = _headers(rest)
-    length, body = _framing(headers, tunnel=method == b"CONNECT", minor=minor)
-    return _Request(
-        method=method, host=host, port=port, path=path, minor=minor, headers=headers, body=body, length=length
-    )
-
-
-def _headers(lines: Sequence[bytes]) -> tuple[tuple[bytes, bytes], ...]:
-    if len(lines) > MAX_HEADERS:
-        raise _MalformedError(f"more than {MAX_HEADERS} headers")
-    headers = []
-    for line in lines:
-        found = _HEADER.fullmatch(line)
-        if found is None:
-            raise _MalformedError("a header in no form that is taken")
-        headers.append((found[1], found[2].strip(b" \t")))
-    return tuple(headers)
-
-
-def _framing(headers: Sequence[tuple[bytes, bytes]], *, tunnel: bool, minor: bytes) -> tuple[bytes | None, _Body]:
-    """Where the body of a request ends, which must be said once or not at all. Raises _MalformedError."""
-    said = {
-        wanted: [value for name, value in headers if name.lower() == wanted]
-        for wanted in (b"host", b"content-length", b"transfer-encoding")
-    }
-    lengths, codings = said[b"content-length"], said[b"transfer-encoding"]
-    if len(lengths) + len(codings) > 1 or len(said[b"host"]) > 1:
-        raise _MalformedError("two lengths, or two hosts")
-    if tunnel:
-        if lengths or codings:
-            raise _MalformedError("a CONNECT with a body")
-        return None, _Everything()
-    if codings:
-        if codings[0].lower() != b"chunked" or minor != b"1":
-            raise _MalformedError("a transfer coding other than chunked")
-        return None, _Chunked()
-    if not lengths:
-        return None, _Counted(0)
-    if not re.fullmatch(rb"[0-9]{1,15}", lengths[0]):
-        raise _MalformedError("a length that is no plain number")
-    return lengths[0], _Counted(int(lengths[0]))
 
 
 def _place(rule: EgressRule, environ: Mapping[str, str]) -> _Place:
     if not _NAME.fullmatch(rule.host) or _is_address(rule.host) or not 1 <= rule.port <= 65535:
         raise SandboxUnavailableError(
-            f"egress to {_shown(rule.host)}:{rule.port}: expected a host name in small letters and a port"
+            f"egress to {shown(rule.host)}:{rule.port}: expected a host name in small letters and a port"
         )
     secrets: list[tuple[bytes, bytes]] = []
     for header, variable in rule.secret_headers:
         name = header.encode("ascii", errors="replace")
-        taken = [_same(each) for each, _ in secrets]
-        if not re.fullmatch(_TOKEN, name) or _same(name) in {*_OURS, *taken} or _same(name).startswith(b"proxy-"):
-            raise SandboxUnavailableError(f"egress to {rule.host}: {_shown(header)} cannot be a secret header")
+        taken = [same(each) for each, _ in secrets]
+        if not re.fullmatch(TOKEN, name) or same(name) in {*OURS, *taken} or same(name).startswith(b"proxy-"):
+            raise SandboxUnavailableError(f"egress to {rule.host}: {shown(header)} cannot be a secret header")
         secrets.append((name, _secret(variable, environ, f"egress to {rule.host}: {header}")))
     return _Place(host=rule.host, port=rule.port, secrets=tuple(secrets))
 
@@ -1105,11 +904,6 @@ def _is_address(name: str) -> bool:
     return name.startswith("[") or bool(_NUMBER.fullmatch(name.removesuffix(".").rpartition(".")[2]))
 
 
-def _same(header: bytes) -> bytes:
-    """What servers take for the same header: many turn both `-` and `_` into `_`."""
-    return header.lower().replace(b"_", b"-")
-
-
 def _event(result: Literal["allowed", "refused", "failed"], reason: str) -> dict[str, Any]:
     return {
         "host": "",
@@ -1120,9 +914,3 @@ def _event(result: Literal["allowed", "refused", "failed"], reason: str) -> dict
         "sent_bytes": 0,
         "received_bytes": 0,
     }
-
-
-def _shown(text: str) -> str:
-    """Words of others in a record: printable ASCII, and not too many of them."""
-    escaped = "".join(each if " " <= each <= "~" else ascii(each)[1:-1] for each in text[:_SHOWN])
-    return escaped[:_SHOWN]

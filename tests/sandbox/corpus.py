@@ -359,8 +359,9 @@ me, others = os.getpid(), {int(name) for name in os.listdir("/proc") if name.isd
 import atexit, math, random, re, string
 def lines(path):
     try:
-        # Without connections that are closed and still counted by the kernel: a case of their own is about them.
-        return len([line for line in open(path).read().splitlines() if line.split()[3:4] != ["06"]])
+        rows = [line.split() for line in open(path).read().splitlines()]
+        # Of local sockets those with a name. Without connections that are closed: a case of their own is about them.
+        return len([row for row in rows if (len(row) > 7 if "unix" in path else row[3:4] != ["06"])])
     except OSError as error:
         return error.errno
 status = dict(line.split(":", 1) for line in open("/proc/self/status").read().splitlines())

@@ -56,7 +56,7 @@ def stage(tmp_path_factory):
         each.station.close()
 
 
-@pytest.mark.parametrize(("kind", "case"), _pairs())
+@pytest.mark.parametrize(("kind", "case"), list(_pairs()))
 def test_it_holds(stage, kind, case):
     """The claim of the case, and what must be true after every case."""
     stage(kind).play(case)

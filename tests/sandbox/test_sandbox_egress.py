@@ -77,6 +77,20 @@ def read_all(connection: socket.socket) -> bytes:
     return b"".join(parts)
 
 
+def ends_only(
+    events: list[dict[str, Any]], announced: list[dict[str, Any]] | None = None
+) -> Callable[[dict[str, Any]], None]:
+    """Keeps the events of ended connections, and those of connections that are about to be made apart."""
+
+    def keep(event: dict[str, Any]) -> None:
+        if event["result"] != "permitted":
+            events.append(event)
+        elif announced is not None:
+            announced.append(event)
+
+    return keep
+
+
 class World:
     """A few servers, the names that lead to them, and what was asked of both."""
 
@@ -167,7 +181,8 @@ class Cell:
         self.frames: list[bytes] = []
         self.acknowledges = True
         self._due: dict[int, int] = {}
-        self.tunnels = out.tunnels(self._get, self.events.append)
+        self.announced: list[dict[str, Any]] = []
+        self.tunnels = out.tunnels(self._get, ends_only(self.events, self.announced))
 
     def open(self, data: bytes = b"") -> int:
         """A new connection, and what its client says first."""
@@ -276,6 +291,25 @@ def get(url: str, *headers: str, method: str = "GET", body: bytes = b"") -> byte
 
 class TestPlaces:
     """Which places can be reached."""
+
+    def test_a_connection_is_told_before_it_is_made(self, world):
+        """What cannot be recorded does not leave the cell: nothing was dialled when the record failed."""
+        world.serve(GOOD, 80, world.answering())
+
+        def full(event: dict[str, Any]) -> None:
+            raise AuditWriteError("disk full")
+
+        tunnels = world.egress().tunnels(lambda *_: None, full)
+        tunnels.take(OPEN, {"conn": 1}, b"")
+        tunnels.take(DATA, {"conn": 1}, GET)
+        with pytest.raises(AuditWriteError):
+            for _ in range(500):
+                readable, writable = tunnels.descriptors()
+                found = select.select(readable, writable, [], 0.01)
+                tunnels.ready(found[0], found[1])
+        assert world.dialled == []
+        with contextlib.suppress(AuditWriteError):
+            tunnels.close()
 
     def test_a_permitted_place_is_reached(self, world, cell):
         """The request goes to the address that the name had, the answer comes back, and the record says so."""
@@ -1255,7 +1289,8 @@ class Bridge:
         self._in: deque[tuple[int, dict[str, Any], bytes]] = deque()
         self._poll = select.poll()
         self._inside = inside.Tunnels(self._poll, lambda kind, header, data=b"": self._out.append((kind, header, data)))
-        self._outside = out.tunnels(lambda *frame: self._in.append(frame), self.events.append)
+        self._inside.begin()
+        self._outside = out.tunnels(lambda *frame: self._in.append(frame), ends_only(self.events))
         self._stop = False
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
