@@ -56,15 +56,19 @@ def differences(asked: Mapping[str, Any], applied: Mapping[str, Any]) -> list[st
 def seen_inside(asked: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
     """Where the kernel, as PID 1 of the cell sees it, does not hold to the HostConfig; one sentence each.
 
+    PID 1 is root where it has a capability to use, and nobody where it has none.
+
     gVisor shows neither control groups nor a seccomp list of ours, and counts no files; what it does show is compared.
     """
     gvisor = asked["Runtime"] == "runsc"
-    capabilities = sum(1 << _CAPABILITIES[name] for name in asked["CapAdd"])
-    expected: dict[str, Any] = {"capabilities": f"{capabilities:016x}"}
+    capabilities = f"{sum(1 << _CAPABILITIES[name] for name in asked['CapAdd']):016x}"
+    expected: dict[str, Any] = {"capabilities": capabilities, "effective": capabilities}
     if not gvisor:
         expected |= {"no_new_privs": "1", "seccomp": "2", "read_only": True, "interfaces": ["lo"]}
         expected |= {"memory": asked["Memory"], "pids": asked["PidsLimit"]}
     found = _unequal(expected, seen)
+    if (seen.get("user") == 0) != bool(asked["CapAdd"]):
+        found.append(f"PID 1 is user {seen.get('user')}, expected {'root' if asked['CapAdd'] else 'anybody but root'}")
     if seen.get("interfaces") not in (None, ["lo"]):
         found.append(f"there are network interfaces {seen.get('interfaces')}, a cell has lo alone")
     for path, options in asked["Tmpfs"].items():

@@ -183,7 +183,8 @@ def said(error: BaseException) -> str:
     if not told and isinstance(error, (*_UNREACHABLE, OSError)):
         told = _root(error)
     text = " ".join(str(told or error or type(error).__name__).split())
-    return text if len(text) <= 300 else f"{text[:300]}..."
+    # What went wrong stands at the end, what was being done at the beginning.
+    return text if len(text) <= 400 else f"{text[:100]} ... {text[-290:]}"
 
 
 def _root(error: BaseException) -> str:

@@ -39,6 +39,7 @@ PROTOCOL = 2
 HEAD = struct.Struct(">2sBxII")
 MAGIC = b"LG"
 HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
+TUNNEL = (5, 6, 7, 8)
 MAX_HEADER = 4 << 20
 PART = 1 << 18
 STARTED, ENDED = 1, 2
@@ -262,9 +263,7 @@ def stand_by(language, uid, descriptors, options):
         try:
             # As a terminal has them; Python ignores both.
             default = [signal.SIGPIPE, signal.SIGXFSZ]
-            return os.posix_spawn(
-                program[0], program, os.environ, file_actions=actions, setsid=True, setsigdef=default
-            )
+            return os.posix_spawn(program[0], program, os.environ, file_actions=actions, setsid=True, setsigdef=default)
         finally:
             for descriptor in high:
                 os.close(descriptor)
@@ -715,7 +714,7 @@ class Cell:
         """Whole frames that came in during a call are for its tunnels."""
         while len(self.inbox) >= HEAD.size:
             magic, kind, header_length, payload_length = HEAD.unpack_from(self.inbox)
-            if magic != MAGIC or kind < 5 or header_length > MAX_HEADER or payload_length > PART:
+            if magic != MAGIC or kind not in TUNNEL or header_length > MAX_HEADER or payload_length > PART:
                 os._exit(BAD_FRAME)
             end = HEAD.size + header_length + payload_length
             if len(self.inbox) < end:
@@ -730,7 +729,7 @@ class Cell:
     def serve(self):
         kind, request = self.read_frame()
         if kind != CALL:
-            if kind < 5:
+            if kind not in TUNNEL:
                 os._exit(BAD_FRAME)
             while self.unread:  # of a tunnel that ended with its call
                 self.payload(PART)

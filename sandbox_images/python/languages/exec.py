@@ -9,8 +9,6 @@ import os
 import signal
 import sys
 
-SCRIPT = None
-
 
 def run(code, folder):
     """Become the program; the exit status where that fails."""
