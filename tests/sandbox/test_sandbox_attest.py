@@ -89,12 +89,13 @@ def test_volumes_of_an_image_are_found():
 def seen_in(asked: Mapping[str, Any]) -> dict[str, Any]:
     """What PID 1 sees in a cell of which everything asked for was applied."""
     mount = {"mode": "0o1777", "files": 4096, "nosuid": True, "nodev": True, "own": True}
+    capabilities = "00000000000000c0" if asked["CapAdd"] else "0000000000000000"
     return {
-        "user": 0,
+        "user": 0 if asked["CapAdd"] else 100_001,
         "no_new_privs": "1",
         "seccomp": "2",
-        "capabilities": "00000000000000c0" if asked["CapAdd"] else "0000000000000000",
-        "effective": "00000000000000c0",
+        "capabilities": capabilities,
+        "effective": capabilities,
         "read_only": True,
         "interfaces": ["lo"],
         "memory": 192 << 20,
@@ -131,6 +132,9 @@ class TestSeenInside:
             ("capabilities", "00000000a80425fb", "capabilities is '00000000a80425fb', expected '00000000000000c0'"),
             ("capabilities", "0000000000000000", "capabilities is '0000000000000000'"),
             ("capabilities", None, "capabilities is None"),
+            ("effective", "000001ffffffffff", "effective is '000001ffffffffff', expected '00000000000000c0'"),
+            ("user", 1000, "PID 1 is user 1000, expected root"),
+            ("user", None, "PID 1 is user None, expected root"),
             ("no_new_privs", "0", "no_new_privs is '0', expected '1'"),
             ("no_new_privs", None, "no_new_privs is None"),
             ("seccomp", "0", "seccomp is '0', expected '2'"),
@@ -165,11 +169,18 @@ class TestSeenInside:
         (found,) = attest.seen_inside(asked, seen_in(asked) | {"interfaces": None})
         assert "interfaces is None" in found
 
-    def test_a_strict_cell_has_no_capability_at_all(self):
+    @pytest.mark.parametrize("name", ["capabilities", "effective"])
+    def test_a_strict_cell_has_no_capability_at_all(self, name):
         """Not even those of the other kind of cell."""
         asked = host_config(make_spec(privileges="strict"))
-        (found,) = attest.seen_inside(asked, seen_in(asked) | {"capabilities": "00000000000000c0"})
-        assert "expected '0000000000000000'" in found
+        (found,) = attest.seen_inside(asked, seen_in(asked) | {name: "00000000000000c0"})
+        assert found == f"{name} is '00000000000000c0', expected '0000000000000000'"
+
+    def test_nobody_is_root_in_a_strict_cell(self):
+        """Also a root without capabilities owns the files of the image."""
+        asked = host_config(make_spec(privileges="strict"))
+        (found,) = attest.seen_inside(asked, seen_in(asked) | {"user": 0})
+        assert found == "PID 1 is user 0, expected anybody but root"
 
     def test_gvisor_is_compared_in_what_it_shows(self):
         """No control group, no seccomp list, no count of files; capabilities, interfaces and mounts all the same."""
