@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from loopguard.errors import SandboxBusyError, SandboxError, UsageError
+from loopguard.errors import SandboxBusyError, SandboxError, SandboxUnavailableError, UsageError
 from loopguard.gates.tools import REFUSAL
 from loopguard.types import Decision, Outcome, ToolCall
 
@@ -43,6 +44,7 @@ class Calls:
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._under_way = 0
+        self._closed = False
 
     def run(
         self,
@@ -59,19 +61,21 @@ class Calls:
         does with the weights. Raises SandboxUnavailableError, SandboxBusyError, CallError, AuditWriteError.
         """
         guard = self._guard
+        if self._closed:
+            raise SandboxUnavailableError("the sandbox is closed")
         guard._listen()
         if guard._state.frozen or closed():
             return [_refused(call) for call in calls]
         decisions = [guard._tools.decide(call) for call in calls]
+        if episode is not None:
+            for decision in decisions:
+                episode.admit(decision)
         for call, decision in zip(calls, decisions, strict=True):
             self._record_decision(call, decision, cycle=cycle)
         # Record first: a call nobody recorded must not have happened.
         guard._log.sync()
         if self._trips(cycle=cycle, roll_back=roll_back):
             return [_refused(call) for call in calls]
-        if episode is not None:
-            for decision in decisions:
-                episode.admit(decision)
 
         def one(call: ToolCall, decision: Decision) -> Outcome:
             return self._run_one(call, decision, cycle=cycle, run=episode.cell.run if episode else None)
@@ -84,32 +88,47 @@ class Calls:
         """Await `run(call)` in a thread. Cancelling it ends the call, in its cell or in the queue, and waits."""
         width, queue = self._guard._cells.width, self._guard._cells.queue
         with self._lock:
+            if self._closed:
+                raise SandboxUnavailableError("the sandbox is closed")
             if self._under_way >= width + queue:
                 raise SandboxBusyError(f"all cells are taken and {queue} callers wait: try again later")
-            self._under_way += 1
             if self._threads is None:
                 self._threads = ThreadPoolExecutor(width + _SPARE_THREADS, thread_name_prefix="loopguard-call")
-        job = self._threads.submit(run, call)
+            job = self._threads.submit(run, call)
+            self._under_way += 1
         try:
             return await asyncio.shield(asyncio.wrap_future(job))
         except asyncio.CancelledError:
-            # Not the wrapped one: that one can be cancelled while its thread runs on.
-            while not job.cancel() and not job.done():
-                # Again and again: it may be on its way to a cell, where nothing can be ended yet.
-                (kill or self._end(call))()
-                await asyncio.sleep(_KILL_AGAIN_S)
+            ending = asyncio.ensure_future(self._end(job, kill or self._killer(call)))
+            while not ending.done():
+                # Some say it more than once; it is being done, and the caller goes when it is.
+                with suppress(asyncio.CancelledError):
+                    await asyncio.shield(ending)
             raise
         finally:
             with self._lock:
                 self._under_way -= 1
 
-    def _end(self, call: ToolCall) -> Callable[[], None]:
-        return lambda: self._guard._cells.kill(call.id, GONE)
+    def refuse(self) -> None:
+        """From now on every call raises SandboxUnavailableError, also those that wait for a thread."""
+        with self._lock:
+            self._closed = True
 
     def close(self) -> None:
-        """Let the threads end."""
+        """Wait for the threads. The cells are gone by now, so no call keeps one."""
+        self.refuse()
         if self._threads is not None:
-            self._threads.shutdown(wait=True, cancel_futures=True)
+            self._threads.shutdown(wait=True)
+
+    async def _end(self, job: Future[Outcome], kill: Callable[[], None]) -> None:
+        # Not the wrapped future: that one can be cancelled while its thread runs on.
+        while not job.cancel() and not job.done():
+            # Again and again: it may be on its way to a cell, where nothing can be ended yet.
+            kill()
+            await asyncio.sleep(_KILL_AGAIN_S)
+
+    def _killer(self, call: ToolCall) -> Callable[[], None]:
+        return lambda: self._guard._cells.kill(call.id, GONE)
 
     def _together(
         self,
@@ -229,6 +248,20 @@ class EpisodeCalls:
                 f"rule {decision.rule} sends its tool to the sandbox profile {decision.facts['sandbox']!r}, "
                 f"and this episode has a cell of {self.profile!r}: use the tool outside it, or change the rule"
             )
+
+
+class NoCell:
+    """What an episode has instead of a cell where it began while the run was frozen: its calls are refused before."""
+
+    def run(self, call: ToolCall) -> Outcome:
+        """Raises SandboxUnavailableError: somebody has resumed the run meanwhile."""
+        raise SandboxUnavailableError("this episode began while the run was frozen: begin another")
+
+    def kill(self, why: str) -> None:
+        """Nothing runs."""
+
+    def close(self) -> None:
+        """There is nothing to take down."""
 
 
 def _digests(files: Any) -> list[dict[str, Any]]:

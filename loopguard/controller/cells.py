@@ -26,6 +26,7 @@ class Cells:
         self._make = make
         self._runtimes: dict[str, Runtime] = {}
         self._starting = threading.Lock()
+        self._closed = False
         self._early: list[tuple[str, dict[str, Any]]] = []
         self._log: AuditLog | None = None
 
@@ -40,10 +41,12 @@ class Cells:
         return max((profile.queue for profile in self._profiles.values()), default=0)
 
     def start(self) -> None:
-        """Start what is not running yet."""
+        """Start what is not running yet. Raises SandboxUnavailableError, also for good after `close`."""
         if len(self._runtimes) == len(self._profiles):
             return
         with self._starting:
+            if self._closed:
+                raise SandboxUnavailableError("the sandbox is closed")
             for name, profile in self._profiles.items():
                 if name not in self._runtimes:
                     runtime = self._make(cell_spec(profile), self._run_id, self._event)
@@ -77,10 +80,12 @@ class Cells:
             runtime.kill_running()
 
     def close(self) -> None:
-        """Take all of them down; may be called twice."""
-        for runtime in self._runtimes.values():
-            runtime.close()
-        self._runtimes.clear()
+        """Take all of them down, for good; may be called twice."""
+        with self._starting:
+            self._closed = True
+            for runtime in self._runtimes.values():
+                runtime.close()
+            self._runtimes.clear()
 
     def _event(self, kind: str, body: dict[str, Any]) -> None:
         if self._log is None:

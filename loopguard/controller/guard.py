@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from loopguard.audit import read
 from loopguard.audit.log import AuditLog
 from loopguard.controller import directory as directories
-from loopguard.controller.calls import Calls, EpisodeCalls
+from loopguard.controller.calls import Calls, EpisodeCalls, NoCell
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.learner import Learner, LoopState, integration_for
@@ -170,6 +170,7 @@ class LoopGuard:
             return
         self._closed = True
         try:
+            self._calls.refuse()
             self._cells.close()
             self._calls.close()
             if self._log.degraded:
@@ -291,8 +292,9 @@ class LoopGuard:
     def _episode(self, profile: str, *, cycle: int | None, closed: Callable[[], bool] = lambda: False) -> EpisodeCalls:
         """A cell of a sandbox profile until it is closed."""
         self._listen()
-        if not self._state.frozen:
-            self._cells.start()
+        if self._state.frozen:
+            return EpisodeCalls(self._calls, profile, NoCell(), cycle=cycle, closed=closed)
+        self._cells.start()
         return EpisodeCalls(self._calls, profile, self._cells.of(profile).episode(), cycle=cycle, closed=closed)
 
     def _freeze(

@@ -68,7 +68,7 @@ class ToolStation:
 
         Raises SandboxBusyError, SandboxUnavailableError, CallError, AuditWriteError.
         """
-        if not self._guard.frozen:
+        if not self.frozen:
             # A run that was frozen when it was opened has no cells yet.
             self._guard._cells.start()
         return self._guard._calls.run([call], cycle=None)[0]

@@ -67,7 +67,7 @@ def seen_inside(asked: Mapping[str, Any], seen: Mapping[str, Any]) -> list[str]:
         expected |= {"no_new_privs": "1", "seccomp": "2", "read_only": True, "interfaces": ["lo"]}
         expected |= {"memory": asked["Memory"], "pids": asked["PidsLimit"]}
     found = _unequal(expected, seen)
-    if (seen.get("user") == 0) != bool(asked["CapAdd"]):
+    if type(seen.get("user")) is not int or (seen["user"] == 0) != bool(asked["CapAdd"]):
         found.append(f"PID 1 is user {seen.get('user')}, expected {'root' if asked['CapAdd'] else 'anybody but root'}")
     if seen.get("interfaces") not in (None, ["lo"]):
         found.append(f"there are network interfaces {seen.get('interfaces')}, a cell has lo alone")
@@ -113,7 +113,7 @@ def old_runc(version: str) -> str:
     an old number, which then has a suffix of theirs; such a version is taken at its word.
     """
     found = re.match(r"v?(\d+)\.(\d+)\.(\d+)(.*)", version)
-    if found is None or re.match(r"[+~-](?!rc)", found[4]):
+    if found is None or re.search(r"(ds|dfsg|deb|ubuntu|\.el|\.fc)\d", found[4]):
         return ""
     if tuple(int(part) for part in found.groups()[:3]) < _SAFE_RUNC:
         return (

@@ -7,9 +7,9 @@ one thread: the client's connections are not made to be shared.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import docker
@@ -19,7 +19,6 @@ import requests
 from loopguard.errors import SandboxUnavailableError
 
 if TYPE_CHECKING:
-    import socket
     from types import TracebackType
 
 _REQUEST_S = 20
@@ -36,8 +35,10 @@ class Engine:
             options = _address()
             where = options.get("base_url", where)
             if where.startswith("unix:///"):
-                # The client would leave a socket open behind it where there is nothing to connect to.
-                Path(where.removeprefix("unix://")).stat()
+                # The client would leave a socket open behind it where nobody listens.
+                with socket.socket(socket.AF_UNIX) as knock:
+                    knock.settimeout(_REQUEST_S)
+                    knock.connect(where.removeprefix("unix://"))
             self._client = docker.APIClient(**options, version="auto", timeout=_REQUEST_S)
         except (*_UNREACHABLE, OSError, ValueError) as error:
             raise SandboxUnavailableError(

@@ -168,7 +168,6 @@ promotion:
     - {{metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.1}}
 """
 
-STOPPED = 5
 KEPT_BYTES = 64 << 10
 FLOOD_BYTES = 4 << 20
 
@@ -294,12 +293,17 @@ def flooded(outcome: Outcome) -> None:
 
 
 def left(number: int) -> Callable[[Outcome], None]:
-    """So many processes were left running; stopped ones may be gone by then, since the kernel hangs up on them."""
+    """So many processes were left running."""
 
     def check(outcome: Outcome) -> None:
-        assert outcome.leftovers in {number, 0 if number == STOPPED else number}, outcome.leftovers
+        assert outcome.leftovers == number, outcome.leftovers
 
     return check
+
+
+def hung_up(outcome: Outcome) -> None:
+    """At most five are counted: the kernel itself ends stopped processes whose parent has gone, sooner or later."""
+    assert outcome.leftovers <= 5
 
 
 def ended(exit_code: int | None, signal: int | None = None) -> Callable[[Outcome], None]:
@@ -550,6 +554,10 @@ _NO_FILTER = (
     "gVisor is a kernel of its own for each cell and applies no list of system calls; what works, works on that one"
 )
 _WHOLE_CELL = "gVisor's memory limit takes the whole cell with it"
+_TAKEN_ALONG = (
+    "where the kernel tells the zygote how the call ended in the very moment in which it dies, nobody else can know: "
+    "then there is no result, and a new cell"
+)
 _CLOSED = "the kernel keeps closed connections, and their ports, in sight for a minute"
 _NO_SELF = "this gVisor shows a program that was started by a call nothing of itself under /proc"
 _FOLLOWS = "this gVisor follows a link that is opened as a folder, even where it is told not to"
@@ -701,15 +709,10 @@ _ENDLESS = (
         name="stopped-children",
         claim="stopped children are killed with their call",
         code="import os, time\n"
-        f"for _ in range({STOPPED}):\n    if os.fork() == 0:\n        os.kill(os.getpid(), 19)\n        time.sleep(600)\n"
+        "for _ in range(5):\n    if os.fork() == 0:\n        os.kill(os.getpid(), 19)\n        time.sleep(600)\n"
         "time.sleep(0.2)",
-        check=left(STOPPED),
+        check=lambda outcome: hung_up(outcome),
         everywhere=True,
-        differs={
-            "runsc": Differs(
-                why="gVisor's kernel ends them itself when their parent goes, as Linux does a little later"
-            )
-        },
     ),
     Case(
         row=4,
@@ -795,6 +798,7 @@ _SUPERVISOR = (
         "try: os.kill(os.getppid(), 9)\nexcept PermissionError: pass\nprint('on', flush=True)\nsys.exit(5)",
         status="nonzero_exit",
         check=ended(5),
+        differs={"strict": Differs(why=_TAKEN_ALONG, status="nonzero_exit lost")},
     ),
     Case(
         row=6,
@@ -805,8 +809,7 @@ _SUPERVISOR = (
         wall_s=1,
         differs={
             "strict": Differs(
-                why="nobody can say how the call ended before the time limit, and where the kernel had told the zygote alone, "
-                "nobody can afterwards",
+                why=f"a stopped zygote is found at the time limit; {_TAKEN_ALONG}",
                 status="timeout lost",
             )
         },
@@ -820,6 +823,7 @@ _SUPERVISOR = (
         "try: os.kill(-1, 9)\nexcept OSError: pass\nprint('alone')",
         check=written(b"alone\n"),
         everywhere=True,
+        differs={"strict": Differs(why=_TAKEN_ALONG, status="ok lost")},
     ),
     Case(
         row=7,
