@@ -42,6 +42,7 @@ HELLO, CALL, RESULT, CLEAN = 1, 2, 3, 4
 TUNNEL = (5, 6, 7, 8)
 MAX_HEADER = 4 << 20
 PART = 1 << 18
+PLAIN_BYTES = 1 << 16
 STARTED, ENDED = 1, 2
 NEWS = struct.Struct(">Bii")  # of the zygote: a call started (its pid), a call ended (its status, or why no fork)
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -148,6 +149,12 @@ def interfaces():
         return None
 
 
+def devices():
+    """Nodes that everybody may write to, of which a call can set the times."""
+    found = [f"/dev/{name}" for name in os.listdir("/dev")]
+    return [path for path in found if stat.S_ISCHR(os.lstat(path).st_mode)]
+
+
 def about_this_cell():
     """What the kernel really applied, for the controller to compare with what was asked of the engine."""
     with open("/proc/self/status") as file:
@@ -234,11 +241,22 @@ def zygote(channel, options):
         for descriptor in descriptors:
             os.close(descriptor)
         if pid > 0:
-            if options["privileges"] == "strict":
-                # A call of the same user may kill this process; PID 1 then waits for the call itself.
+            if options["privileges"] != "strict" and stands_by != "python":
                 channel.send(NEWS.pack(STARTED, pid, 0))
-            # From the kernel, so that it is true whatever the call may write.
-            channel.send(NEWS.pack(ENDED, os.waitpid(pid, 0)[1], 0))
+            if options["privileges"] == "strict":
+                # A call of the same user may kill this process; PID 1 then waits for the call itself. So that it
+                # can, what is known is told before the call is reaped.
+                channel.send(NEWS.pack(STARTED, pid, 0))
+                channel.send(NEWS.pack(ENDED, wait_status(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)), 0))
+                os.waitpid(pid, 0)
+            else:
+                # From the kernel, so that it is true whatever the call may write.
+                channel.send(NEWS.pack(ENDED, os.waitpid(pid, 0)[1], 0))
+
+
+def wait_status(ended):
+    """What `waitpid` gives, from what `waitid` gives."""
+    return ended.si_status << 8 if ended.si_code == os.CLD_EXITED else ended.si_status
 
 
 def stand_by(language, uid, descriptors, options):
@@ -248,11 +266,11 @@ def stand_by(language, uid, descriptors, options):
     exec saves the effective one, and drops every capability. No process of any call is there meanwhile.
     """
     strict = options["privileges"] == "strict"
-    if not strict:
-        os.setresgid(uid, uid, 0)
-        os.setresuid(uid, uid, 0)
     umask = os.umask(0o077)
     try:
+        if not strict:
+            os.setresgid(uid, uid, 0)
+            os.setresuid(uid, uid, 0)
         os.mkdir(PLACE, 0o700)
         os.chdir(PLACE)
         # Out of the way first, so that none is overwritten before it has its place.
@@ -285,6 +303,7 @@ def wait_and_run(uid, descriptors, options, known):
             become_the_call(uid, options)
             # For every other language too: it takes the place of all this when it runs.
             known["python"].ready(PLACE)
+            os.write(3, b"r")
         if not os.read(3, 1):
             os._exit(0)
         if options["mode"] == "episode":
@@ -310,15 +329,15 @@ def wait_and_run(uid, descriptors, options, known):
 def settle_in(descriptors, options):
     """All that needs no user: session, descriptors, limits."""
     os.setsid()
-    strict = options["privileges"] == "strict"
-    # While not dumpable, the file belongs to root: where that is not us, for this moment.
-    set_dumpable(1 if strict else 0)
-    with open("/proc/self/oom_score_adj", "w") as file:
-        file.write("1000")
     # Out of the way first, so that none is overwritten before it has its place.
     for target, descriptor in enumerate([fcntl.fcntl(each, fcntl.F_DUPFD, 64) for each in descriptors]):
         os.dup2(descriptor, target, inheritable=target < 3)
     os.closerange(len(descriptors), resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+    # While not dumpable, the file belongs to root: where that is not us, for this moment. Not before the zygote's
+    # descriptors are closed: in a strict episode a process of the same user may be there, and look.
+    set_dumpable(1 if options["privileges"] == "strict" else 0)
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds(options["limits"]),) * 2)
     os.umask(0o077)
 
@@ -363,6 +382,15 @@ def write_file(name, data):
 # --- files that come back -------------------------------------------------------------------------
 
 
+def open_folder(name, within=None):
+    """A folder and never a link to one. Not by O_DIRECTORY, with which gVisor follows links all the same."""
+    found = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=within)
+    if stat.S_ISDIR(os.fstat(found).st_mode):
+        return found
+    os.close(found)
+    raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+
+
 class Fetch:
     """Reads files of a call with the rights of its user: regular ones, following no link, up to a bound."""
 
@@ -375,7 +403,7 @@ class Fetch:
 
     def all(self, names):
         try:
-            top = os.open(PLACE, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            top = open_folder(PLACE)
         except OSError:
             self.missed.update(dict.fromkeys(names, "the call's folder is gone"))
             return
@@ -387,7 +415,7 @@ class Fetch:
         """What lies at the end of a path, part by part; takes over the descriptor."""
         try:
             for part in parts[:-1]:
-                below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+                below = open_folder(part, folder)
                 os.close(folder)
                 folder = below
             if parts:
@@ -446,12 +474,12 @@ class Fetch:
             return
         self.left -= 1
         self.room -= len(data)
-        self.table -= len(name) + 20
+        self.table -= len(json.dumps(name)) + 20
         self.files.append((name, bytes(data)))
 
     def miss(self, name, why):
         name = name if name.isprintable() else ascii(name)
-        self.table -= len(name) + 80
+        self.table -= len(json.dumps(name)) + 80
         if self.table > 0:
             self.missed[name] = why if isinstance(why, str) else os.strerror(why.errno).lower()
 
@@ -556,12 +584,17 @@ class Standby:
             os.close(descriptor)
 
     def suits(self, request):
-        special = self.stands_by != request["tool"] or request["files"] or request["memory_mib"]
+        special = self.stands_by != request["tool"] or not is_plain(request)
         return self.stands_by == "python" or not special
 
-    def take_over(self, request, parts):
-        """Write what the call needs where its process finds it, as it comes in."""
+    def take_over(self, request, parts, *, ready):
+        """Write what the call needs where its process finds it, as it comes in.
+
+        With `ready` it says first that it has its user: from then on it can be ended, and its time can begin.
+        """
         if self.stands_by == "python":
+            if ready:
+                self.go.recv(1)
             passed = {name: request[name] for name in ("tool", "code_bytes", "files", "memory_mib")}
             text = json.dumps(passed).encode()
             write_all(self.request, len(text).to_bytes(4, "big") + text)
@@ -597,6 +630,11 @@ class Standby:
         os.close(self.stderr)
 
 
+def is_plain(request):
+    """Whether a process needs no more than its code, and PID 1 can write that where it belongs without a thought."""
+    return not request["files"] and not request["memory_mib"] and request["code_bytes"] <= PLAIN_BYTES
+
+
 class Cell:
     def __init__(self, options):
         self.options, self.limits = options, options["limits"]
@@ -608,12 +646,16 @@ class Cell:
         self.oom, self.pids, self.tasks = Gauge("oom"), Gauge("pids"), Gauge("tasks")
         self.known = sorted(languages())
         self.egress = module("tunnels", f"{HERE}/tunnels.py") if options["egress"] else None
-        self.standby = None
+        # For as long as the cell lives: a call could take the port between two calls.
+        self.listener = self.egress.listen() if self.egress else None
+        # Whose times a call can set, or sets by working: they would tell the next one of it.
+        self.touchable = [*WRITABLE, *devices()] if not self.strict else []
+        self.standby = self.leader = None
         self.shell_calls = 0  # in a row
         self.start_zygote()
         self.before = self.counters()
-        if not self.episode:
-            self.make_ready()
+        if not self.episode and (doubt := self.prepare()):
+            sys.exit(doubt)
 
     def counters(self):
         return {"oom": self.oom.read(), "pids": self.pids.read()}
@@ -633,7 +675,13 @@ class Cell:
         if (said := self.channel.recv(1024)) != b"ready":
             sys.exit(said.decode(errors="replace") or "the zygote did not start")
         # PID 1 and the zygote with whatever threads the preloaded modules have: more than that is somebody else.
-        self.ours = self.tasks.read()
+        # In a strict episode somebody may be here already; then each time is a look at all of them.
+        self.ours = None if self.strangers() else self.tasks.read()
+        self.manners = self.zygote_manners()
+
+    def zygote_manners(self):
+        """What calls inherit from the zygote and cannot change, where the kernel keeps them from it."""
+        return os.getpriority(os.PRIO_PROCESS, self.zygote), os.sched_getaffinity(self.zygote), os.getpriority(0, 0)
 
     def user(self, number):
         return os.getuid() if self.strict else self.options["first_uid"] + number
@@ -644,9 +692,25 @@ class Cell:
         self.standby = Standby(self.user(0 if self.episode else self.calls), stands_by, self.channel)
         self.calls += 1
 
+    def prepare(self):
+        """Have the next call's process made. In a strict cell, make sure of it: a call may have stopped the zygote."""
+        for _ in range(2):
+            self.make_ready()
+            if not self.strict:
+                return ""
+            if select.select([self.channel], [], [], CLEAN_S)[0] and len(news := self.channel.recv(64)) == NEWS.size:
+                kind, self.leader, _ = NEWS.unpack(news)
+                if kind == STARTED:
+                    return ""
+            self.standby.dismiss()
+            self.kill_all()
+            self.channel.close()
+            self.start_zygote()
+        return "no process can be made for a call"
+
     def suited(self, request):
         """The process that stands by, or another one where it is of the wrong kind."""
-        plain = request["tool"] == "sh" and not request["files"] and not request["memory_mib"]
+        plain = request["tool"] == "sh" and is_plain(request)
         self.shell_calls = self.shell_calls + 1 if plain and not self.episode else 0
         if self.episode:
             self.make_ready()
@@ -655,10 +719,18 @@ class Cell:
             other.dismiss()
             while NEWS.unpack(self.channel.recv(64))[0] != ENDED:
                 pass
-            if doubt := self.clean(other.uid):
+            if doubt := self.clean(other.uid) or self.prepare():
                 sys.exit(f"a process that stood by was not cleaned up: {doubt}")
-            self.make_ready()
+        if self.standby.stands_by != "python" and not self.strict and not self.started():
+            sys.exit("the zygote did not start what stands by")
         return self.standby
+
+    def started(self):
+        """Wait until the zygote is itself again after it started a shell; whether it did."""
+        if not select.select([self.channel], [], [], CLEAN_S)[0]:
+            return False
+        news = self.channel.recv(64)
+        return len(news) == NEWS.size and NEWS.unpack(news)[0] == STARTED
 
     # frames
 
@@ -708,7 +780,7 @@ class Cell:
         """Ways out for one call, where the policy has any."""
         if self.egress is None:
             return None
-        return self.egress.Tunnels(poll, self.send)
+        return self.egress.Tunnels(poll, self.send, self.listener)
 
     def pass_on(self, tunnels):
         """Whole frames that came in during a call are for its tunnels."""
@@ -736,7 +808,7 @@ class Cell:
             return
         call = self.suited(request)
         size = request["code_bytes"] + sum(size for _, size in request["files"])
-        call.take_over(request, self.parts(size))
+        call.take_over(request, self.parts(size), ready=not self.episode)
         started = time.monotonic()
         call.start()
         streams = {call.stdout: Stream(self.limits["output_bytes"]), call.stderr: Stream(self.limits["output_bytes"])}
@@ -782,11 +854,13 @@ class Cell:
             b"".join([*kept, *(data for _, data in fetch.files)]),
         )
         doubt = doubt or self.clean(call.uid, alone=bool(why) or not self.options["background"])
+        if self.strict and not self.episode:
+            doubt = doubt or self.prepare()
         # Counted anew: what was stopped by a limit while it was being killed belongs to this call.
         self.before = self.counters()
         self.send(CLEAN, {"id": request["id"], "doubt": doubt})
-        if not doubt and not self.episode:
-            self.make_ready()
+        if not doubt and not self.episode and not self.strict:
+            self.prepare()
 
     def parts(self, size):
         """So much of the payload, as it comes in."""
@@ -811,26 +885,33 @@ class Cell:
         if self.strict:
             yield
             return
+        os.setresgid(0, uid, 0)
         os.setresuid(0, uid, 0)
         try:
             yield
         finally:
             os.setresuid(0, 0, 0)
+            os.setresgid(0, 0, 0)
             set_dumpable(0)  # a change of user resets it to whatever the host prefers
 
     # afterwards
 
-    def kill(self, uid):
+    def kill(self, uid, *, surely=False):
         """Kill everything of a user, without a fork and without CAP_KILL.
 
         A process may signal where its real or effective user is the real or saved user of the target. With that user
         as the effective one, and nobody's as the real one, kill(-1) reaches the call and spares the zygote, and no one
-        can signal back. The saved user 0 keeps the way home. In a strict cell the zygote goes too, and is made anew.
+        can signal back. The saved user 0 keeps the way home. In a strict cell the zygote goes too, and is made anew;
+        so where nobody else is left it is spared, unless it has to be `surely`.
         """
         if not self.strict:
             os.setresuid(self.options["first_uid"] - 1, uid, 0)
-        elif self.alone():
+        elif not surely and self.alone():
             return
+        self.kill_all()
+
+    def kill_all(self):
+        """Everybody whom PID 1 may signal right now."""
         try:
             os.kill(-1, signal.SIGKILL)
         except OSError:
@@ -849,7 +930,7 @@ class Cell:
 
     def clean(self, uid, *, alone=True):
         """Make the cell as it was; the reason for a doubt where that cannot be proven."""
-        if self.unheard and not self.hear():
+        if self.unheard and not self.hear(uid):
             return "the end of a call was not told"
         self.reap()
         if alone and not self.empty(uid):
@@ -859,21 +940,39 @@ class Cell:
                 return "the zygote died"
             self.channel.close()
             self.start_zygote()
-        if self.episode or self.tidy(uid):
+        if self.zygote_manners() != self.manners:
+            return "the priority or the processors of our own processes were changed"
+        if self.egress is not None:
+            self.refuse_waiting()
+        if self.episode:
             return ""
-        if not janitor(uid):
-            return "a file could not be deleted"
-        self.reap()
-        return "a file was left" if any(os.listdir(mount) for mount in WRITABLE) else ""
+        if not self.tidy(uid):
+            if not janitor(uid):
+                return "a file could not be deleted"
+            self.reap()
+            if any(os.listdir(mount) for mount in WRITABLE):
+                return "a file was left"
+        for place in self.touchable:
+            os.utime(place, (0, 0))
+        return ""
 
-    def hear(self):
+    def refuse_waiting(self):
+        """Connections that nobody took belong to what is gone: they must not be taken for the next call's."""
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self.listener.accept()[0].close()
+
+    def hear(self, uid):
         """Wait until the zygote has said that the last call ended; whether it did."""
         self.unheard = False
         deadline = time.monotonic() + CLEAN_S
-        while (left_s := deadline - time.monotonic()) > 0 and select.select([self.channel], [], [], left_s)[0]:
-            news = self.channel.recv(64)
-            if len(news) != NEWS.size or NEWS.unpack(news)[0] == ENDED:
-                return len(news) == NEWS.size
+        while time.monotonic() < deadline:
+            if not select.select([self.channel], [], [], 0.005)[0]:
+                self.kill(uid)
+            elif len(news := self.channel.recv(64)) != NEWS.size:
+                return False
+            elif NEWS.unpack(news)[0] == ENDED:
+                return True
         return False
 
     def empty(self, uid):
@@ -903,8 +1002,9 @@ class Cell:
         return self.ours is not None and self.zygote > 0 and self.tasks.read() == self.ours
 
     def strangers(self):
-        """Every process that is neither PID 1 nor the zygote."""
-        return [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in (1, self.zygote)]
+        """Every process that is neither PID 1 nor the zygote, nor the call itself that the zygote is about to reap."""
+        ours = {1, self.zygote, self.leader if self.leader and is_zombie(self.leader) else 0}
+        return [name for name in os.listdir("/proc") if name.isdigit() and int(name) not in ours]
 
     def reap(self):
         while True:
@@ -926,7 +1026,7 @@ class Watch:
         self.cell, self.call, self.streams, self.deadline = cell, call, streams, deadline
         self.why = None  # we ended it
         self.waiting = b""  # standard input that the call has not taken
-        self.child = self.orphan = None
+        self.orphan = None
         self.poll = select.poll()
         for descriptor in (cell.channel.fileno(), *streams):
             self.poll.register(descriptor, select.POLLIN)
@@ -948,6 +1048,8 @@ class Watch:
     def next_input(self):
         """Take in standard input while the call has room for it, and nothing else; but notice when the stream ends."""
         cell, call = self.cell, self.call
+        if call.stdin < 0 and cell.inbox:
+            cell.payload(PART)  # nobody reads it any more
         if call.stdin >= 0:
             if not self.waiting and cell.unread and cell.inbox:
                 self.waiting = cell.payload(PART)
@@ -955,7 +1057,7 @@ class Watch:
                 self.poll.register(call.stdin, select.POLLOUT)
             elif not cell.unread:
                 self.no_more_input()
-        wanted = call.stdin >= 0 and cell.unread and not self.waiting
+        wanted = cell.unread and not self.waiting
         if self.tunnels and not cell.unread:
             # Not earlier: the controller hears nothing of them before it has sent all of the input.
             self.tunnels.begin()
@@ -975,7 +1077,7 @@ class Watch:
             self.why = "timeout"
         if self.why is not None:
             # Again and again: a process may not have changed its user yet, or be born while the others die.
-            self.cell.kill(self.call.uid)
+            self.cell.kill(self.call.uid, surely=True)
             if not self.cell.episode and not self.cell.strict:
                 # It is dead, or will be before the cell is clean; how it died is no news, and the answer is due.
                 self.cell.unheard = True
@@ -1019,17 +1121,27 @@ class Watch:
             kind, first, second = NEWS.unpack(message)
             if kind == ENDED:
                 return first, second
-            self.child = first
+            self.cell.leader = first
             return None
-        if self.child is None:
+        if self.cell.leader is None and self.why is not None:
+            return signal.SIGKILL, 0
+        if self.cell.leader is None:
             # Nobody can say how the call ends, so there must be no result.
             os._exit(ZYGOTE_DIED)
         # In a strict cell the zygote goes with its call.
         if self.cell.zygote > 0:
             self.cell.bury_zygote()
         self.poll.unregister(self.cell.channel)
-        self.orphan = self.child
+        self.orphan = self.cell.leader
         return None
+
+
+def is_zombie(pid):
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2][:1] == b"Z"
+    except OSError:
+        return False
 
 
 def verdict(why, ended, rose):

@@ -23,15 +23,19 @@ class Connection:
         self.sends = self.receives = True  # which of the two directions is open: out of the cell, into it
 
 
+def listen():
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", PORT))
+    listener.listen(MOST)
+    return listener
+
+
 class Tunnels:
     """All connections of one call. `send` takes (kind, header, payload)."""
 
-    def __init__(self, poll, send):
-        self.poll, self.send = poll, send
-        self.listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-        self.listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.listener.bind(("127.0.0.1", PORT))
-        self.listener.listen(MOST)
+    def __init__(self, poll, send, listener):
+        self.poll, self.send, self.listener = poll, send, listener
         self.count = 0
         self.by_number, self.by_descriptor = {}, {}
         self.begun = False
@@ -149,4 +153,3 @@ class Tunnels:
             self.drop(connection, reset=False)
         if self.begun:
             self.poll.unregister(self.listener)
-        self.listener.close()

@@ -1288,7 +1288,10 @@ class Bridge:
         self._out: deque[tuple[int, dict[str, Any], bytes]] = deque()
         self._in: deque[tuple[int, dict[str, Any], bytes]] = deque()
         self._poll = select.poll()
-        self._inside = inside.Tunnels(self._poll, lambda kind, header, data=b"": self._out.append((kind, header, data)))
+        self._listener = inside.listen()
+        self._inside = inside.Tunnels(
+            self._poll, lambda kind, header, data=b"": self._out.append((kind, header, data)), self._listener
+        )
         self._inside.begin()
         self._outside = out.tunnels(lambda *frame: self._in.append(frame), ends_only(self.events))
         self._stop = False
@@ -1303,6 +1306,7 @@ class Bridge:
         self._thread.join(10)
         self._outside.close()
         self._inside.close()
+        self._listener.close()
 
     def _run(self) -> None:
         while not self._stop:
