@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 GONE = "the caller went away"
 _KILL_AGAIN_S = 0.02
+_ENDERS = 8
+"""How many calls can be ended at once; each takes a few milliseconds."""
 
 _SPARE_THREADS = 4
 """Beside one for each cell: they decide and record while the others wait for theirs."""
@@ -41,9 +43,9 @@ class Calls:
 
     def __init__(self, guard: LoopGuard) -> None:
         self._guard = guard
-        self._threads: ThreadPoolExecutor | None = None
+        self._lines: dict[str, _Line] = {}
+        self._enders = ThreadPoolExecutor(_ENDERS, thread_name_prefix="loopguard-end")
         self._lock = threading.Lock()
-        self._under_way = 0
         self._closed = False
 
     def run(
@@ -78,6 +80,9 @@ class Calls:
             return [_refused(call) for call in calls]
 
         def one(call: ToolCall, decision: Decision) -> Outcome:
+            # Again: the loop may have frozen while the record became durable, or while others ran.
+            if guard._state.frozen:
+                return self._not_run(call, decision, cycle=cycle)
             return self._run_one(call, decision, cycle=cycle, run=episode.cell.run if episode else None)
 
         outcomes = self._together(one, calls, decisions)
@@ -86,20 +91,23 @@ class Calls:
 
     async def arun(self, call: ToolCall, run: Run, *, kill: Callable[[], None] | None = None) -> Outcome:
         """Await `run(call)` in a thread. Cancelling it ends the call, in its cell or in the queue, and waits."""
-        width, queue = self._guard._cells.width, self._guard._cells.queue
         with self._lock:
             if self._closed:
                 raise SandboxUnavailableError("the sandbox is closed")
-            if self._under_way >= width + queue:
-                raise SandboxBusyError(f"all cells are taken and {queue} callers wait: try again later")
-            if self._threads is None:
-                self._threads = ThreadPoolExecutor(width + _SPARE_THREADS, thread_name_prefix="loopguard-call")
-            job = self._threads.submit(run, call)
-            self._under_way += 1
+            profile = self._guard._cells.profile_of(call.tool)
+            line = self._lines.setdefault(profile, _Line(*self._guard._cells.room(profile)))
+            if line.under_way >= line.most:
+                raise SandboxBusyError("all cells are taken and as many callers wait as may: try again later")
+            job = line.threads.submit(run, call)
+            line.under_way += 1
+        outcome = asyncio.wrap_future(job)
         try:
-            return await asyncio.shield(asyncio.wrap_future(job))
+            return await asyncio.shield(outcome)
         except asyncio.CancelledError:
-            ending = asyncio.ensure_future(self._end(job, kill or self._killer(call)))
+            # It was told to end, and nobody else asks what became of it.
+            outcome.add_done_callback(lambda done: done.cancelled() or done.exception())
+            # In a thread, where no end of the event loop can cut it short.
+            ending = asyncio.wrap_future(self._enders.submit(_end, job, kill or self._killer(call)))
             while not ending.done():
                 # Some say it more than once; it is being done, and the caller goes when it is.
                 with suppress(asyncio.CancelledError):
@@ -107,7 +115,7 @@ class Calls:
             raise
         finally:
             with self._lock:
-                self._under_way -= 1
+                line.under_way -= 1
 
     def refuse(self) -> None:
         """From now on every call raises SandboxUnavailableError, also those that wait for a thread."""
@@ -117,15 +125,9 @@ class Calls:
     def close(self) -> None:
         """Wait for the threads. The cells are gone by now, so no call keeps one."""
         self.refuse()
-        if self._threads is not None:
-            self._threads.shutdown(wait=True)
-
-    async def _end(self, job: Future[Outcome], kill: Callable[[], None]) -> None:
-        # Not the wrapped future: that one can be cancelled while its thread runs on.
-        while not job.cancel() and not job.done():
-            # Again and again: it may be on its way to a cell, where nothing can be ended yet.
-            kill()
-            await asyncio.sleep(_KILL_AGAIN_S)
+        for line in self._lines.values():
+            line.threads.shutdown(wait=True)
+        self._enders.shutdown(wait=True)
 
     def _killer(self, call: ToolCall) -> Callable[[], None]:
         return lambda: self._guard._cells.kill(call.id, GONE)
@@ -174,6 +176,13 @@ class Calls:
         guard._log.append("tool.finished", body, cycle=cycle, sync=False)
         return outcome
 
+    def _not_run(self, call: ToolCall, decision: Decision, *, cycle: int | None) -> Outcome:
+        if decision.allowed:
+            self._guard._log.append(
+                "tool.lost", {"call": call.id, "reason": "the loop froze before it ran"}, cycle=cycle
+            )
+        return _refused(call)
+
     def _record_decision(self, call: ToolCall, decision: Decision, *, cycle: int | None) -> None:
         code = call.code.encode("utf-8", errors="surrogatepass")
         body: dict[str, Any] = {
@@ -200,6 +209,23 @@ class Calls:
             if not guard._state.freeze_id:
                 guard._freeze(trip, cycle=cycle, roll_back=roll_back)
         return True
+
+
+class _Line:
+    """Those who await a call in cells of one profile: a thread for each cell, and a bound."""
+
+    def __init__(self, cells: int, queue: int) -> None:
+        self.most = cells + queue
+        self.under_way = 0
+        self.threads = ThreadPoolExecutor(cells + _SPARE_THREADS, thread_name_prefix="loopguard-call")
+
+
+def _end(job: Future[Outcome], kill: Callable[[], None]) -> None:
+    # Not the wrapped future: that one can be cancelled while its thread runs on.
+    while not job.cancel() and not job.done():
+        # Again and again: it may be on its way to a cell, where nothing can be ended yet.
+        kill()
+        wait([job], timeout=_KILL_AGAIN_S)
 
 
 class EpisodeCalls:

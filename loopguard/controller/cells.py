@@ -16,12 +16,17 @@ if TYPE_CHECKING:
     from loopguard.sandbox.base import EventSink, Runtime
 
 
+_REFUSALS = 1000
+"""How many calls of tools that no rule lets run may be refused at once."""
+
+
 class Cells:
     """One runtime for each profile that a rule names, started when first needed. Lives as long as its guard."""
 
     def __init__(self, policy: GuardPolicy, run_id: str, make: Callable[[CellSpec, str, EventSink], Runtime]) -> None:
         names = {rule.sandbox for rule in policy.tools.rules if rule.then == "run" and rule.sandbox is not None}
         self._profiles = {name: policy.sandbox.profiles[name] for name in sorted(names)}
+        self._tools = {rule.tool: rule.sandbox for rule in policy.tools.rules if rule.then == "run" and rule.sandbox}
         self._run_id = run_id
         self._make = make
         self._runtimes: dict[str, Runtime] = {}
@@ -35,10 +40,14 @@ class Cells:
         """How many calls can run at once."""
         return max((profile.cells for profile in self._profiles.values()), default=1)
 
-    @property
-    def queue(self) -> int:
-        """How many calls may wait for a cell."""
-        return max((profile.queue for profile in self._profiles.values()), default=0)
+    def profile_of(self, tool: str) -> str:
+        """The profile that calls of a tool run in; empty where none may run."""
+        return self._tools.get(tool, "")
+
+    def room(self, profile: str) -> tuple[int, int]:
+        """How many cells there are of a profile at most, and how many calls may wait for one."""
+        found = self._profiles.get(profile)
+        return (found.cells, found.queue) if found is not None else (1, _REFUSALS)
 
     def start(self) -> None:
         """Start what is not running yet. Raises SandboxUnavailableError, also for good after `close`."""

@@ -338,6 +338,7 @@ class LoopGuard:
 
     def _resume(self, *, by: str, reason: str) -> None:
         self._state.resume(by=by, reason=reason)
+        self._tools.forget()
         if self._learner is not None and self._boundary is not None:
             self._restore(actor_too=True, because="resumed: the frozen cycle is rolled back")
 

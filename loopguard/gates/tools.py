@@ -42,6 +42,11 @@ class ToolGate:
         """Count what became of a call that ran."""
         self._count("contained" if outcome.contained else "free")
 
+    def forget(self) -> None:
+        """Begin to count anew: a person has looked at what was counted, and let the loop go on."""
+        with self._lock:
+            self._fates.clear()
+
     def _count(self, fate: Fate) -> None:
         with self._lock:
             self._fates.append(fate)

@@ -56,6 +56,7 @@ _USERS, _MAPPED_USERS = (100_000, 2_000_000_000), (10_000, 65_000)
 _INODES = 8192
 _MOST_CODE_MIB = 16
 _MOST_STDIN_MIB = 256
+_MOST_NAMES_KIB = 1024
 _OWN_FRAMES_MIB = 2
 _CPU_TURN_US, _LEAST_QUOTA_US = 20_000, 1000
 
@@ -96,9 +97,10 @@ class DockerCell:
         self._egress = egress
         self._users = range(0)
         self._on_event = on_event
-        self._born, self._born_at = time.monotonic(), time.time()
+        self._born = time.monotonic()
         self._end = threading.Lock()
-        self._killed = ""
+        self._killed = self._current = ""
+        self._killing = threading.Lock()
         self._owes = False
         self._doubt = ""
         self._announced = False
@@ -171,7 +173,8 @@ class DockerCell:
         }
         self.calls += 1
         self._owes = True
-        started = time.monotonic()
+        self._current = call.id
+        started, started_at = time.monotonic(), time.time()
         tunnels = self._tunnels(call)
         try:
             # A call that does not read its input holds it up until it is over.
@@ -182,7 +185,7 @@ class DockerCell:
         except wire.LostError as lost:
             if self._killed:
                 raise SandboxUnavailableError(self._killed) from lost
-            if self._out_of_memory():
+            if self._out_of_memory(since=started_at):
                 return Outcome(call_id=call.id, status="oom", wall_ms=(time.monotonic() - started) * 1e3)
             raise SandboxUnavailableError(f"cell {self.name} died under a call: {lost}") from lost
         except TimeoutError as late:
@@ -190,20 +193,23 @@ class DockerCell:
         except (wire.ProtocolError, KeyError, TypeError, ValueError) as error:
             raise SandboxUnavailableError(f"cell {self.name} said what no supervisor says: {error!r}") from error
         finally:
+            with self._killing:
+                self._current = ""
             if tunnels is not None:
-                tunnels.close()
-                with suppress(SandboxError, TimeoutError):
-                    # Or the next frame would begin in the middle of this one. Where it cannot be, the cell is lost.
-                    self._channel.finish_sending(timeout_s=_GRACE_S)
+                self._close(tunnels)
 
-    def kill(self, why: str) -> None:
-        """End the call that runs in it, now; the call raises SandboxUnavailableError(why)."""
-        self._killed = why
-        # The stream first: without it PID 1 leaves by itself, also where the engine does not answer.
-        wire.shut(self._socket)
-        # A client of its own: the other thread may be in the middle of a request.
-        with suppress(SandboxUnavailableError), Engine() as engine:
-            engine.kill(self._id)
+    def kill(self, why: str, call_id: str | None = None) -> bool:
+        """End what runs in it, or this call alone, now; it raises SandboxUnavailableError(why). Whether there was one.
+
+        Only the stream is cut, which needs no answer of the engine: PID 1 leaves at its end, and whoever waits for the
+        call hears of it and has the container taken away.
+        """
+        with self._killing:
+            if call_id is not None and call_id != self._current:
+                return False
+            self._killed = why
+            wire.shut(self._socket)
+            return True
 
     def destroy(self, reason: str) -> None:
         """Take the container down. Once; later calls do nothing."""
@@ -272,6 +278,14 @@ class DockerCell:
         applied = {name: found["HostConfig"].get(name) for name in asked if name != "SecurityOpt"}
         self.settings = {"engine": applied, "inside": hello["cell"]}
 
+    def _close(self, tunnels: Tunnels) -> None:
+        tunnels.close()
+        try:
+            # Or the next frame would begin in the middle of this one.
+            self._channel.finish_sending(timeout_s=_GRACE_S)
+        except (SandboxError, TimeoutError) as error:
+            self._doubt = self._doubt or f"a frame was not sent to its end: {said(error)}"
+
     def _tunnels(self, call: ToolCall) -> Tunnels | None:
         if self._egress is None:
             return None
@@ -281,9 +295,9 @@ class DockerCell:
 
         return self._egress.tunnels(self._channel.send_later, on_event)
 
-    def _out_of_memory(self) -> bool:
+    def _out_of_memory(self, *, since: float) -> bool:
         with suppress(SandboxUnavailableError), Engine() as engine:
-            return engine.ran_out_of_memory(self._id, since=self._born_at)
+            return engine.ran_out_of_memory(self._id, since=since)
         return False
 
 
@@ -427,6 +441,8 @@ class DockerRuntime:
             for name in names:
                 if (why := files.trouble(name, depth=limits.files_depth)) and (what, name) != ("fetch", "."):
                     raise CallError(f"{name!a} is no name for a file of a call: {why}")
+        if len(json.dumps([*call.files, *call.fetch])) > _MOST_NAMES_KIB << 10:
+            raise CallError(f"the names of a call's files take {_MOST_NAMES_KIB} KiB together at most")
         if clash := files.conflict(call.files):
             raise CallError(f"{clash!a} is the name of a file and of a folder of the same call")
         if call.wall_s is not None and not (math.isfinite(call.wall_s) and call.wall_s > 0):
@@ -643,6 +659,9 @@ def _outcome(call: ToolCall, frame: wire.Frame, spec: CellSpec) -> Outcome:
     if header.get("fork_error"):
         raise SandboxUnavailableError(f"the cell could not start a process: {os.strerror(header['fork_error'])}")
     out, err = header["kept"]
+    numbers = (out, err, header["stdout_bytes"], header["stderr_bytes"], header["leftovers"])
+    if not all(type(each) is int and each >= 0 for each in numbers) or not math.isfinite(header["wall_ms"]):
+        raise wire.ProtocolError(f"the result has numbers that are none: {numbers} and {header['wall_ms']!r}")
     fetched: dict[str, bytes] = {}
     missed = {str(name): str(why) for name, why in header["missed"].items()}
     at = out + err

@@ -97,11 +97,6 @@ class Engine:
         with _told("the Docker engine does not describe a cell"):
             return dict(self._client.inspect_container(container))
 
-    def kill(self, container: str) -> None:
-        """End it, where it is there; by force."""
-        with suppress(*_UNREACHABLE):
-            self._client.kill(container)
-
     def remove(self, container: str) -> bool:
         """End it and take it away, by id or name; whether it is gone. The engine may be doing so by itself already."""
         with suppress(*_UNREACHABLE):

@@ -56,8 +56,11 @@ class Cell(Protocol):
         """Why it is not to be used again, as far as that is known before it has been cleaned; else empty."""
         ...
 
-    def kill(self, why: str) -> None:
-        """End what runs in it, from any thread; its `call` raises SandboxUnavailableError(why)."""
+    def kill(self, why: str, call_id: str | None = None) -> bool:
+        """End what runs in it, or this call alone, from any thread and without waiting; whether there was one.
+
+        Its `call` raises SandboxUnavailableError(why).
+        """
         ...
 
     def destroy(self, reason: str) -> None:
@@ -156,9 +159,9 @@ class Pool:
                 self._waiting.remove(waiter)
         for waiter in waiting:
             waiter.fail(SandboxUnavailableError(why))
-        for cell in running:
-            cell.kill(why)
-        return bool(waiting or running)
+        # By its id: meanwhile the cell may have ended that call and begun another one.
+        ended = [cell.kill(why, call_id) for cell in running]
+        return any(ended) or bool(waiting)
 
     def kill_running(self, why: str = "the call was killed by a freeze") -> int:
         """Kill every call that runs or waits for a cell now; gives how many there were."""
@@ -192,18 +195,18 @@ class Pool:
     def _next(self, call_id: str) -> Cell:
         """The next cell for this caller, clean or about to be."""
         waiter = _Waiter(call_id)
-        with self._lock:
-            if self._closed.is_set():
-                raise SandboxUnavailableError("the sandbox is closed")
-            if len(self._waiting) >= self._queue and not self._idle:
-                raise SandboxBusyError(f"all cells are taken and {self._queue} callers wait: try again later")
-            self._waiting.append(waiter)
-            self._hand_out()
-            missing = self._missing()
-            self._coming += missing
-        for _ in range(missing):
-            self._later(self._replace)
         try:
+            with self._lock:
+                if self._closed.is_set():
+                    raise SandboxUnavailableError("the sandbox is closed")
+                if len(self._waiting) >= self._queue and not self._idle:
+                    raise SandboxBusyError(f"all cells are taken and {self._queue} callers wait: try again later")
+                self._waiting.append(waiter)
+                self._hand_out()
+                missing = self._missing()
+                self._coming += missing
+            for _ in range(missing):
+                self._later(self._replace)
             self._wait(waiter)
         except BaseException:
             self._withdraw(waiter)

@@ -14,6 +14,7 @@ import ssl
 import struct
 import time
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -59,7 +60,7 @@ class Connection(Protocol):
 
     def settimeout(self, timeout: float | None, /) -> None: ...  # noqa: D102 - as in `socket`
     def recv(self, size: int, /) -> bytes: ...  # noqa: D102
-    def send(self, data: bytes | bytearray, /) -> int: ...  # noqa: D102
+    def send(self, data: bytes | bytearray | memoryview, /) -> int: ...  # noqa: D102
     def sendall(self, data: bytes | bytearray, /) -> None: ...  # noqa: D102
     def fileno(self) -> int: ...  # noqa: D102
 
@@ -130,13 +131,25 @@ class Channel:
             if sum(map(len, payload)) < _PART:
                 self._connection.sendall(b"".join((start, *payload)))
                 return
-            self._connection.sendall(start)
-            for part in payload:
-                self._connection.sendall(part)
+            self._send_much(memoryview(b"".join((start, *payload))), deadline=time.monotonic() + timeout_s)
         except TimeoutError:
             raise
         except OSError as error:
             raise LostError(str(error)) from error
+
+    def _send_much(self, rest: memoryview, *, deadline: float) -> None:
+        """Send more than the stream takes at once, and stop where the cell speaks: it would do so only at its end."""
+        look = select.poll()
+        look.register(self._connection.fileno(), select.POLLIN | select.POLLOUT)
+        while rest:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError
+            if any(events & ~select.POLLOUT for _, events in look.poll(left * 1000)) or self._undecoded():
+                return  # what it said, or that it is gone, is heard next
+            self._connection.settimeout(0)
+            with suppress(BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                rest = rest[self._connection.send(rest[:_PART]) :]
 
     def send_later(self, kind: int, header: Mapping[str, Any], payload: bytes = b"") -> None:
         """Send a frame while the next one is waited for, as the cell takes it.

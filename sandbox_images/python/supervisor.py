@@ -650,6 +650,7 @@ class Cell:
         self.listener = self.egress.listen() if self.egress else None
         # Whose times a call can set, or sets by working: they would tell the next one of it.
         self.touchable = [*WRITABLE, *devices()] if not self.strict else []
+        self.set_times_back()
         self.standby = self.leader = None
         self.shell_calls = 0  # in a row
         self.start_zygote()
@@ -952,9 +953,12 @@ class Cell:
             self.reap()
             if any(os.listdir(mount) for mount in WRITABLE):
                 return "a file was left"
+        self.set_times_back()
+        return ""
+
+    def set_times_back(self):
         for place in self.touchable:
             os.utime(place, (0, 0))
-        return ""
 
     def refuse_waiting(self):
         """Connections that nobody took belong to what is gone: they must not be taken for the next call's."""

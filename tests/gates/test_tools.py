@@ -82,3 +82,12 @@ def test_without_a_rate_nothing_freezes():
     for _ in range(50):
         gate.decide(call("import os"))
     assert gate.trip() is None
+
+
+def test_what_a_person_has_looked_at_is_counted_no_more():
+    """After a resume the rate begins anew; it would trip at the next call again, for ever."""
+    gate = ToolGate(policy(freeze_above=RATES))
+    while gate.trip() is None:
+        gate.decide(call("ls", tool="browser"))
+    gate.forget()
+    assert gate.trip() is None

@@ -56,9 +56,10 @@ class FakeCell:
             raise KeyboardInterrupt
         return "lost" if self.dead else self.doubt
 
-    def kill(self, why: str) -> None:
+    def kill(self, why: str, call_id: str | None = None) -> bool:
         self.why = why
         self.killed.set()
+        return True
 
     def destroy(self, reason: str) -> None:
         self.ended = self.ended or reason
