@@ -687,6 +687,8 @@ _ENDLESS = (
         name="daemon-holds-output",
         claim="a child that keeps the output open, and writes to it, does not hold its call",
         code="import os\nprint('done', flush=True)\nif os.fork() == 0:\n    while True: os.write(1, b'late' * 1000)",
+        # What was in the pipe when the call ended counts, and on a busy machine that can be a flood.
+        status="ok output_limit",
         check=says(b"done\n"),
     ),
     Case(
