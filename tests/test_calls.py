@@ -413,6 +413,32 @@ class TestFreeze:
         assert lab.ran == []
         assert lab.events("tool.decided") == []
 
+    def test_a_freeze_while_the_record_becomes_durable_stops_the_call(self, lab, monkeypatch):
+        """It was decided before the freeze, and would have run after it: it does not, and the log says so."""
+        with lab.station() as station:
+            sync, call = station._guard._log.sync, a_call()
+
+            def slow_disk():
+                sync()
+                if not station._guard.frozen:
+                    submit(lab.run_dir, "freeze", by="dana", reason="looks wrong")
+                    station._guard._listen()
+
+            monkeypatch.setattr(station._guard._log, "sync", slow_disk)
+            assert station.run(call).status == "denied"
+            monkeypatch.undo()
+        assert call.id not in lab.ran
+        assert lab.story(call) == ["tool.decided", "tool.lost"]
+
+    def test_after_a_resume_the_rates_begin_anew(self, lab):
+        """A person has looked at what was counted; the next call is not frozen for it again."""
+        with lab.station() as station:
+            while not station.frozen:
+                station.run(a_call(tool="rm"))
+            submit(lab.run_dir, "resume", by="dana", reason="a broken prompt, mended")
+            assert station.run(a_call()).ok
+        assert len(lab.events("freeze.entered")) == 1
+
 
 class TestStation:
     def test_a_directory_that_was_left_frozen_is_frozen(self, lab):
