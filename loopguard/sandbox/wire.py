@@ -131,14 +131,18 @@ class Channel:
             if sum(map(len, payload)) < _PART:
                 self._connection.sendall(b"".join((start, *payload)))
                 return
-            self._send_much(memoryview(b"".join((start, *payload))), deadline=time.monotonic() + timeout_s)
+            # Part by part: together they would stand in memory once more.
+            deadline = time.monotonic() + timeout_s
+            if self._send_much(start, deadline=deadline):
+                all(self._send_much(part, deadline=deadline) for part in payload)
         except TimeoutError:
             raise
         except OSError as error:
             raise LostError(str(error)) from error
 
-    def _send_much(self, rest: memoryview, *, deadline: float) -> None:
-        """Send more than the stream takes at once, and stop where the cell speaks: it would do so only at its end."""
+    def _send_much(self, data: bytes, *, deadline: float) -> bool:
+        """Send more than the stream takes at once; False where the cell spoke, which it would do only at its end."""
+        rest = memoryview(data)
         look = select.poll()
         look.register(self._connection.fileno(), select.POLLIN | select.POLLOUT)
         while rest:
@@ -146,10 +150,11 @@ class Channel:
             if left <= 0:
                 raise TimeoutError
             if any(events & ~select.POLLOUT for _, events in look.poll(left * 1000)) or self._undecoded():
-                return  # what it said, or that it is gone, is heard next
+                return False  # what it said, or that it is gone, is heard next
             self._connection.settimeout(0)
             with suppress(BlockingIOError, ssl.SSLWantWriteError, ssl.SSLWantReadError):
                 rest = rest[self._connection.send(rest[:_PART]) :]
+        return True
 
     def send_later(self, kind: int, header: Mapping[str, Any], payload: bytes = b"") -> None:
         """Send a frame while the next one is waited for, as the cell takes it.
