@@ -430,6 +430,16 @@ class TestFreeze:
         assert call.id not in lab.ran
         assert lab.story(call) == ["tool.decided", "tool.lost"]
 
+    def test_calls_that_a_trip_kept_from_running_have_an_end_in_the_log(self, lab):
+        """Of a batch whose refused calls freeze the loop, the allowed ones are told as not run."""
+        with lab.guard() as guard:
+            outcomes = next(guard.cycles(1)).tool("python").map(["1", *["import os"] * 5])
+        assert {outcome.status for outcome in outcomes} == {"denied"}
+        assert lab.ran == []
+        (allowed,) = [entry for entry in lab.events("tool.decided") if entry.body["result"] == "allow"]
+        (lost,) = lab.events("tool.lost")
+        assert lost.body["call"] == allowed.body["call"]
+
     def test_after_a_resume_the_rates_begin_anew(self, lab):
         """A person has looked at what was counted; the next call is not frozen for it again."""
         with lab.station() as station:

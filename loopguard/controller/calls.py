@@ -77,7 +77,7 @@ class Calls:
         # Record first: a call nobody recorded must not have happened.
         guard._log.sync()
         if self._trips(cycle=cycle, roll_back=roll_back):
-            return [_refused(call) for call in calls]
+            return [self._not_run(call, decision, cycle=cycle) for call, decision in zip(calls, decisions, strict=True)]
 
         def one(call: ToolCall, decision: Decision) -> Outcome:
             # Again: the loop may have frozen while the record became durable, or while others ran.
@@ -95,7 +95,9 @@ class Calls:
             if self._closed:
                 raise SandboxUnavailableError("the sandbox is closed")
             profile = self._guard._cells.profile_of(call.tool)
-            line = self._lines.setdefault(profile, _Line(*self._guard._cells.room(profile)))
+            if profile not in self._lines:
+                self._lines[profile] = _Line(*self._guard._cells.room(profile))
+            line = self._lines[profile]
             if line.under_way >= line.most:
                 raise SandboxBusyError("all cells are taken and as many callers wait as may: try again later")
             job = line.threads.submit(run, call)

@@ -1063,8 +1063,8 @@ _DISK = (
         code=tries(
             "import site, sysconfig\n"
             "places = ['/x', '/etc/passwd', '/etc/x', '/etc/ld.so.preload', '/usr/x', '/usr/bin/sh', '/bin/sh', '/var/x',\n"
-            "  '/run/x', '/opt/loopguard/supervisor.py', '/opt/loopguard/languages/x.py', '/root/x', '/home/x', '/dev/x',\n"
-            "  '/mnt/x', '/srv/x', sys.executable, json.__file__]\n"
+            "  '/run/x', '/opt/loopguard/supervisor.py', '/opt/loopguard/languages/x.py', os.path.expanduser('~root/x'),\n"
+            "  '/home/x', '/dev/x', '/mnt/x', '/srv/x', sys.executable, json.__file__]\n"
             "for folder in {*sys.path[1:], *site.getsitepackages(), sysconfig.get_path('purelib')}:\n"
             "    places += [f'{folder}/sitecustomize.py', f'{folder}/x.pth']\n"
             "for place in places: attempt(place, lambda: open(place, 'ab'))\n"
