@@ -348,6 +348,8 @@ class Service:
     def _standing(self) -> str:
         # Looking takes in requests from outside and may record a freeze, so it is no work for the event loop.
         try:
+            if self._station.failing:
+                return "failing"
             return "frozen" if self._station.frozen else "serving"
         except AuditError as error:
             _LOG.error("%s", error)

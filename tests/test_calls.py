@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import threading
 import time
@@ -451,6 +452,22 @@ class TestFreeze:
 
 
 class TestStation:
+    def test_a_log_that_cannot_be_written_is_told(self, lab, monkeypatch):
+        """From the first record that the disk did not take, before anybody asks for another."""
+        station = lab.station()
+        assert not station.failing
+
+        def full(_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("loopguard.audit.log.os.fdatasync", full)
+        with pytest.raises(AuditWriteError):
+            station.run(a_call())
+        monkeypatch.undo()
+        assert station.failing
+        assert lab.ran == []
+        station.close()
+
     def test_a_directory_that_was_left_frozen_is_frozen(self, lab):
         """Opened again it refuses every call, and no cell is started for it."""
         with lab.station() as station:

@@ -63,6 +63,11 @@ class ToolStation:
         self._guard._listen()
         return self._guard.frozen
 
+    @property
+    def failing(self) -> bool:
+        """Whether the audit log can no longer be written. Every call raises AuditWriteError from then on."""
+        return self._guard._log.degraded
+
     def run(self, call: ToolCall) -> Outcome:
         """Run one call; a refusal is an Outcome too.
 
