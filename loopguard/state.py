@@ -254,6 +254,9 @@ def signal_facts(signal: Signal) -> dict[str, Any]:
         "score": signal.score,
         "since": signal.since,
         "direction": signal.direction,
+        "once_in": signal.once_in,
+        "at_once": signal.at_once,
+        "holds": signal.holds,
         "reason": signal.reason,
     }
 

@@ -106,18 +106,27 @@ class Outcome:
         return self.refusal if self.status == "denied" else self.stdout.decode("utf-8", errors="replace")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """One value of one metric. `at` counts updates for training metrics and cycles for capability metrics."""
+ExpectedKind = Literal[
+    "epoch",  # the same data again: a loss may fall in a step, and never rises for it
+    "lr",  # another learning rate: a loss may go either way, and so may its noise
+    "data",  # another mix of data: the level itself is another one
+]
 
-    metric: str
-    value: float
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Expectation:
+    """A change that the loop announces before it comes, so that it is not taken for a fault."""
+
+    kind: ExpectedKind
     at: int
+    """The first update, or cycle, that it may show in."""
+    span: int = 1
+    """In how many from there on it may show."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signal:
-    """What a monitor says of a reading."""
+    """What a monitor says of a reading that is out of the ordinary."""
 
     level: Literal["ok", "warn", "trip"]
     monitor: str
@@ -132,6 +141,12 @@ class Signal:
     since: int | None = None
     """The first reading that looks wrong."""
     direction: Literal["up", "down"] | None = None
+    once_in: float | None = None
+    """How sure: a healthy run shows this once in so many readings, by the monitor's own calibration. None: never."""
+    at_once: bool = False
+    """Of a trip: this value alone is enough, so that its update is withheld in time and nothing has to be undone."""
+    holds: bool = False
+    """Of a warning: nothing should be promoted until it has passed or become a trip."""
     reason: str = ""
 
 

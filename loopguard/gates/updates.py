@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard import monitors
 from loopguard.errors import MonitorError
-from loopguard.types import Decision, Reading, Signal
+from loopguard.types import Decision, Signal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,9 +44,11 @@ class UpdateGate:
                     f"missing:{monitor.metric}", f"no reading of {monitor.metric} at update {update}", ()
                 )
             try:
-                signal = monitor.read(Reading(metric=monitor.metric, value=value, at=update), armed=armed)
+                signal = monitor.read(value, at=update, armed=armed)
             except Exception as error:
                 raise MonitorError(f"the monitor of {monitor.metric} failed at update {update}: {error!r}") from error
+            if signal is None:
+                continue
             if signal.level == "trip":
                 return self._tripped(signal, update, immediate=monitor.immediate)
             signals.append(signal)
@@ -55,7 +57,7 @@ class UpdateGate:
             gate="update",
             rule="default",
             reason="every monitor is quiet",
-            signals=tuple(signal for signal in signals if signal.level == "warn"),
+            signals=tuple(signals),
         )
 
     def _in_order(self) -> list[monitors.Monitor]:

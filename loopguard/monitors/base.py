@@ -5,22 +5,40 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from loopguard.types import Reading, Signal
+    from loopguard.types import Expectation, Signal
 
 
 class Monitor(Protocol):
     """Watches one metric of one run.
 
-    A monitor is a function of the readings it was shown, in order: two monitors with equal settings that saw equal
-    readings give equal signals, and `load_state_dict(other.state_dict())` makes one continue where the other stopped.
+    A monitor is a function of the values it was shown, in order: two monitors with equal settings that saw equal values
+    give equal signals, and `load_state_dict(other.state_dict())` makes one continue where the other stopped.
     """
 
     metric: str
     immediate: bool
-    """True where a trip needs no further evidence, so that the very update can still be withheld in time."""
+    """True where it judges each value by itself; such monitors are asked first, and what they trip on no other sees."""
 
-    def read(self, reading: Reading, *, armed: bool) -> Signal:
-        """Take a reading and judge it. While not `armed` a monitor only learns, unless it is `immediate`."""
+    def read(self, value: float, *, at: int, armed: bool = True) -> Signal | None:
+        """Take a value and judge it. None is ok: a healthy run makes no signals, and pays for none.
+
+        While not `armed` a monitor only learns, unless it is `immediate`.
+        """
+        ...
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """The range outside of which the next value alone is a trip (`at_once`); None where that side is open.
+
+        It holds for the next value only, and can be evaluated where the value is, without bringing it to the host.
+        """
+        ...
+
+    def expect(self, expected: Expectation) -> None:
+        """Take in that a change was announced."""
+        ...
+
+    def rebase(self) -> None:
+        """Forget the level: what comes next is the new normal."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

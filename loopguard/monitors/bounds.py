@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from loopguard.types import Reading, Signal
+from loopguard.types import Expectation, Signal
 
 
 class Bounds:
@@ -16,13 +16,11 @@ class Bounds:
     negative: the negative log-likelihood of a discrete target is one, that of a density is not, and neither is a
     policy-gradient surrogate. Prefer `jump` for a value that is possible but unlikely.
 
-    >>> from loopguard.types import Reading
     >>> bounds = Bounds(metric="loss", min=0.0)
-    >>> bounds.read(Reading(metric="loss", value=2.3, at=1), armed=True).level
-    'ok'
-    >>> bounds.read(Reading(metric="loss", value=-0.2, at=2), armed=True).reason
+    >>> bounds.read(2.3, at=1)
+    >>> bounds.read(-0.2, at=2).reason
     'loss is -0.2, below its domain, which starts at 0'
-    >>> bounds.read(Reading(metric="loss", value=float("nan"), at=3), armed=False).level
+    >>> bounds.read(float("nan"), at=3, armed=False).level
     'trip'
     """
 
@@ -35,18 +33,21 @@ class Bounds:
         self.min = min
         self.max = max
 
-    def read(self, reading: Reading, *, armed: bool) -> Signal:
-        """Judge one reading by itself; `armed` makes no difference."""
+    def read(self, value: float, *, at: int, armed: bool = True) -> Signal | None:
+        """Judge one value by itself; `armed` makes no difference."""
+        if not (fault := self._fault(value)):
+            return None
         return Signal(
-            level="trip" if (fault := self._fault(reading.value)) else "ok",
+            level="trip",
             monitor="bounds",
             metric=self.metric,
-            value=reading.value,
-            at=reading.at,
+            value=value,
+            at=at,
             low=self.min,
             high=self.max,
-            since=reading.at if fault else None,
-            direction=None if not fault or not math.isfinite(reading.value) else ("down" if "below" in fault else "up"),
+            since=at,
+            at_once=True,
+            direction=None if not math.isfinite(value) else ("down" if "below" in fault else "up"),
             reason=fault,
         )
 
@@ -58,6 +59,16 @@ class Bounds:
         if self.max is not None and value > self.max:
             return f"{self.metric} is {value:g}, above its domain, which ends at {self.max:g}"
         return ""
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """The domain."""
+        return self.min, self.max
+
+    def expect(self, expected: Expectation) -> None:
+        """An announced change makes nothing possible that is impossible."""
+
+    def rebase(self) -> None:
+        """Nothing: there is no level."""
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: each reading is judged by itself."""

@@ -8,7 +8,7 @@ from itertools import islice
 from statistics import median
 from typing import Any, Literal
 
-from loopguard.types import Reading, Signal
+from loopguard.types import Expectation, Signal
 
 _TO_SIGMA = 1.4826
 """Median absolute deviation to standard deviation, for normal noise."""
@@ -35,12 +35,11 @@ class Jump:
     `bounds`.
 
     >>> import random
-    >>> from loopguard.types import Reading
     >>> noise = random.Random(0)
     >>> jump = Jump(metric="loss")
     >>> level = lambda at: 2.0 if at < 200 else 1.2
-    >>> curve = [Reading(metric="loss", value=level(at) + noise.gauss(0, 0.05), at=at) for at in range(300)]
-    >>> next((s.at, s.since, s.direction) for r in curve if (s := jump.read(r, armed=True)).level == "trip")
+    >>> signals = [jump.read(level(at) + noise.gauss(0, 0.05), at=at) for at in range(300)]
+    >>> next((s.at, s.since, s.direction) for s in signals if s and s.level == "trip")
     (202, 200, 'down')
 
     Source: the robust z-score of Iglewicz and Hoaglin (How to Detect and Handle Outliers, 1993), taken of a short
@@ -72,24 +71,31 @@ class Jump:
         self._seen = 0
         self._readings: deque[tuple[int, float]] = deque(maxlen=window + confirm)
 
-    def read(self, reading: Reading, *, armed: bool) -> Signal:
-        """Take a reading; trips only while `armed` and once `warmup` readings and a full window are in."""
+    def read(self, value: float, *, at: int, armed: bool = True) -> Signal | None:
+        """Take a value; trips only while `armed` and once `warmup` values and a full window are in."""
         self._seen += 1
-        self._readings.append((reading.at, reading.value))
-        quiet = Signal(level="ok", monitor="jump", metric=self.metric, value=reading.value, at=reading.at)
+        self._readings.append((at, value))
         if not armed or self._seen < self.warmup or len(self._readings) < self.window + self.confirm:
-            return quiet
-        values = [value for _, value in self._readings]
+            return None
+        values = [one for _, one in self._readings]
         base, now = values[: self.window], median(values[self.window :])
         level = median(base)
         noise = max(_TO_SIGMA * median(abs(value - level) for value in base), _FLOOR * abs(level), 1e-12)
         reach = max(self.threshold * noise, self.min_change * abs(level))
-        judged = replace(quiet, low=level - reach, high=level + reach, score=(now - level) / noise)
+        judged = Signal(
+            level="warn",
+            monitor="jump",
+            metric=self.metric,
+            value=value,
+            at=at,
+            low=level - reach,
+            high=level + reach,
+            score=(now - level) / noise,
+            reason=f"{self.metric}: one reading is far out, the others are not",
+        )
         if abs(now - level) > reach:
             return self._trip(judged, level, now, reach)
-        if abs(reading.value - level) > reach:
-            return replace(judged, level="warn", reason=f"{self.metric}: one reading is far out, the others are not")
-        return judged
+        return judged if abs(value - level) > reach else None
 
     def _trip(self, judged: Signal, level: float, now: float, reach: float) -> Signal:
         recent = islice(self._readings, self.window, None)
@@ -98,6 +104,18 @@ class Jump:
         sure = f"{abs(judged.score or 0):.1f} noise units, {abs(now - level) / max(abs(level), 1e-12):.0%}"
         reason = f"{self.metric} went {direction} from {level:.4g} to {now:.4g} ({sure}) since update {since}"
         return replace(judged, level="trip", since=since, direction=direction, reason=reason)
+
+    def limits(self) -> tuple[float | None, float | None]:
+        """Not yet."""
+        return None, None
+
+    def expect(self, expected: Expectation) -> None:
+        """Not yet."""
+
+    def rebase(self) -> None:
+        """Start over."""
+        self._seen = 0
+        self._readings.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """The readings in the window and how many were seen."""
