@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from loopguard.errors import UsageError
@@ -11,16 +13,45 @@ INTEGRATIONS = {"torch": "loopguard.integrations.torch"}
 """Which module holds the models of which framework, by the name of the package that their classes come from."""
 
 
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What an update is decided by."""
+
+    values: dict[str, float]
+    overflowed: bool = False
+    """A gradient scaler found gradients that do not fit. It takes no step, lowers its scale, and that is no fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Staged:
+    """What became of an update that was decided on the device."""
+
+    update: int
+    values: dict[str, float]
+    withheld: bool
+    """Whether the device kept the weights as they were."""
+
+
 class Learner(Protocol):
-    """What an integration gives the controller: a model in training that moves only when told to."""
+    """What an integration gives the controller: a model in training that moves only when told to.
+
+    A learner is asked for an update in one of two ways. As a rule `readings` brings the values to the host, the gate
+    decides, and `apply` or `discard` follows. A `late` learner would have to wait for its device there: `stage` lets the
+    device itself withhold what lies outside of `limits`, and `collect` brings the values one update later.
+    """
 
     @property
     def same_actor(self) -> bool:
         """Whether the weights in training are the ones that generate."""
         ...
 
-    def readings(self, loss: Any) -> dict[str, float]:
-        """The metrics of the update at hand, at least `loss` and `grad_norm`."""
+    @property
+    def late(self) -> bool:
+        """Whether updates are staged on a device and read one update later."""
+        ...
+
+    def readings(self, loss: Any, extra: Mapping[str, Any]) -> Readings:
+        """The metrics of the update at hand: `loss`, `grad_norm`, and what the loop reports beside them."""
         ...
 
     def apply(self, *, clip_norm: float | None) -> None:
@@ -29,6 +60,42 @@ class Learner(Protocol):
 
     def discard(self) -> None:
         """Drop the gradients and move nothing."""
+        ...
+
+    def trouble(self) -> str:
+        """A sentence where the last decision was not honoured, else the empty string."""
+        ...
+
+    def stage(
+        self,
+        loss: Any,
+        extra: Mapping[str, Any],
+        *,
+        limits: Mapping[str, tuple[float | None, float | None]],
+        update: int,
+        latch: bool,
+        clip_norm: float | None,
+    ) -> None:
+        """Take the step unless a value is outside of its limits, without waiting for the device.
+
+        With `latch`, every later step is withheld too until `release`.
+        """
+        ...
+
+    def collect(self) -> Staged | None:
+        """What became of the last staged update; None where nothing is staged. Waits for that update alone."""
+        ...
+
+    def release(self) -> None:
+        """Let the device step again."""
+        ...
+
+    def rng(self) -> Any:
+        """The state of every random generator, as a snapshot holds it. Cheap enough for every batch."""
+        ...
+
+    def set_rng(self, state: Any) -> None:
+        """Go back to such a state of the generators."""
         ...
 
     def state(self) -> dict[str, Any]:
