@@ -363,7 +363,7 @@ def actor_told(freeze: Freeze) -> str:
     promoted = freeze.promoted
     if promoted is None:
         return "nothing was promoted yet: the actor is the one the run began with"
-    return f"that of cycle {promoted.cycle} stays (snapshot {short(promoted.body.get('snapshot'))})"
+    return f"that of cycle {promoted.cycle} stays (weights {short(promoted.body.get('actor'))})"
 
 
 def resumed_told(freeze: Freeze) -> str:

@@ -236,7 +236,7 @@ class Grammar:
     """Calls in flight when an earlier process ended."""
     lease: tuple[int, int] | None = None
     promotion: str | None = None
-    """The snapshot that a promotion decision allows; empty where it named none."""
+    """The digest of the weights that a promotion decision allows."""
 
     def feed(self, entry: Entry) -> Iterator[str]:
         """What this record did that no record allowed."""
@@ -262,7 +262,7 @@ class Grammar:
                 yield from self._applied(entry.body)
             case "promotion.decided":
                 allowed = entry.body.get("result") == "allow"
-                self.promotion = str(entry.body.get("snapshot") or "") if allowed else None
+                self.promotion = str(entry.body.get("weights")) if allowed else None
             case "promotion.applied":
                 yield from self._promoted(entry.body)
             case _:
@@ -303,11 +303,11 @@ class Grammar:
     def _promoted(self, body: Any) -> Iterator[str]:
         if self.frozen:
             yield f"a promotion was applied while frozen ({self.frozen})"
-        snapshot = str(body.get("snapshot") or "")
+        weights = str(body.get("actor"))
         if self.promotion is None:
             yield "a promotion was applied without a decision that allows it"
-        elif self.promotion and snapshot and snapshot != self.promotion:
-            yield f"snapshot {snapshot[:12]} was promoted where {self.promotion[:12]} was allowed"
+        elif weights != self.promotion:
+            yield f"weights {weights[:12]} were promoted where {self.promotion[:12]} were allowed"
         self.promotion = None
 
 

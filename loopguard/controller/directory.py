@@ -25,7 +25,9 @@ class Trail:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.snapshots: set[str] = set()
-        self.undecided: dict[str, Any] | None = None
+        self.unsettled: int | None = None
+        """The cycle of a promotion that was decided and is not known to be on disk."""
+        self._acts = False
         self.lease: tuple[int, int] | None = None
         self.open_cycle: int | None = None
         for entry in entries:
@@ -45,11 +47,16 @@ class Trail:
             case "update.applied" | "update.settled":
                 last = body["to"]
                 self.lease = (last + 1, self.lease[1]) if self.lease and last < self.lease[1] else None
-            case "promotion.decided" if body["snapshot"]:
+            case "promotion.decided" if body["result"] == "allow":
+                self.unsettled, self._acts = entry.cycle, False
+            case "promotion.applied":
+                self._acts = True
+            case "freeze.entered" if not self._acts:
+                self.unsettled = None  # the freeze took it back
+            case "snapshot.written" if body["promoted"]:
                 self.snapshots.add(body["snapshot"])
-                self.undecided = dict(body)
-            case "promotion.applied" | "promotion.settled" | "freeze.entered":
-                self.undecided = None
+            case "promotion.settled" | "promotion.rolled_back":
+                self.unsettled = None
             case _:
                 return
 

@@ -11,7 +11,7 @@ import uuid
 from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, get_args
 
 from loopguard.audit import read
 from loopguard.audit.log import AuditLog
@@ -19,6 +19,7 @@ from loopguard.controller import directory as directories
 from loopguard.controller.calls import Calls, EpisodeCalls, NoCell
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
+from loopguard.controller.lastgood import LastGood
 from loopguard.controller.learner import Learner, LoopState, integration_for
 from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.gates.data import DataGate
@@ -26,9 +27,9 @@ from loopguard.gates.promotion import PromotionGate
 from loopguard.gates.tools import ToolGate
 from loopguard.gates.updates import UpdateGate
 from loopguard.policy.load import LoadedPolicy, load
-from loopguard.snapshots import SnapshotStore, replace_durably, writing
+from loopguard.snapshots import write_capsule
 from loopguard.state import CONTROLLER, FreezeState, run_facts, signal_facts
-from loopguard.types import Decision
+from loopguard.types import Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
 
 _POLL_S = 0.5
+_EXPECTED = get_args(ExpectedKind)
+_NOTES = 100
+"""Warnings of monitors that one record of applied updates holds; more of them are counted."""
 
 
 class LoopGuard:
@@ -77,15 +81,24 @@ class LoopGuard:
         self._data = DataGate(self.policy.data)
         self._updates_gate = UpdateGate(self.policy.updates, self.policy.freeze)
         self._promotions = PromotionGate(self.policy.promotion)
-        self._snapshots = SnapshotStore(run_dir / "snapshots")
+        self._good = LastGood(
+            run_dir,
+            log,
+            keep=self.policy.promotion.keep_snapshots,
+            tape_bytes=self.policy.freeze.capsule_mib << 20,
+        )
         self._state = FreezeState(run_dir, log)
         self._learner: Learner | None = None
         self._loop: LoopState | None = None
-        self._promoted = self._snapshots.promoted()
-        self._boundary: str | None = None
-        self._updates = self._promoted.update if self._promoted else 0
+        self._updates = self._good.promoted.update if self._good.promoted else 0
         self._lease_to = 0
         self._pending: list[tuple[int, dict[str, float]]] = []
+        self._notes: list[dict[str, Any]] = []
+        """What monitors noted of the pending updates."""
+        self._overflows = 0
+        """Updates that a gradient scaler did not take, since the last record."""
+        self._awaited: dict[str, float] = {}
+        """The readings of an update that the device has not told yet."""
         self._closed = False
 
     @classmethod
@@ -173,12 +186,14 @@ class LoopGuard:
             self._calls.refuse()
             self._cells.close()
             self._calls.close()
+            self._drain()
+            self._good.close()
             if self._log.degraded:
                 self._state.freeze_unwritable("the audit log could not be written")
             else:
                 self._flush()
                 if finished and not self._state.frozen:
-                    self._log.append("run.finished", {"cycles": self._promoted.cycle if self._promoted else 0})
+                    self._log.append("run.finished", {"cycles": self.promoted_cycle or 0})
                 # A cache: an older one is still true of the record it names.
                 with suppress(DiskError):
                     self._state.remember(cycle=None)
@@ -195,11 +210,18 @@ class LoopGuard:
         scheduler: Any = None,
         actor: Any = None,
         loop: LoopState | None = None,
+        scaler: Any = None,
+        averages: Any = None,
+        late: bool | None = None,
     ) -> None:
         """Put a model in training under this guard.
 
-        `optimizer` and `scheduler` may be one or a list. `actor` is the module that generates data; leave it out, or
-        say "same", where that is the model itself. `loop` is the loop's own state, which travels with every snapshot.
+        `optimizer`, `scheduler` and `averages` may be one or a list. `actor` is the module that generates data; leave it
+        out, or say "same", where that is the model itself. `loop` is the loop's own state, which travels with every
+        snapshot. `scaler` is a `torch.amp.GradScaler`: its overflows are counted and never taken for a fault. `averages`
+        are copies such as `AveragedModel`, which follow applied updates alone. With `late`, the device withholds
+        impossible values by itself and the host reads one update later, so that it never waits; leave it out to have
+        that on a GPU where every optimizer allows it.
 
         Where the run directory holds promoted weights, all of these are restored to them, RNG included; so call this
         after everything is built and seeded. Raises UsageError for what cannot be guarded, SnapshotError where the
@@ -209,15 +231,40 @@ class LoopGuard:
         if self._learner is not None:
             raise UsageError("this guard already holds a model: make one guard for each run")
         self._learner = integration_for(model).learner(
-            model=model, optimizer=optimizer, scheduler=scheduler, actor=actor
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            actor=actor,
+            scaler=scaler,
+            averages=averages,
+            late=late,
         )
         self._loop = loop
-        if self._promoted is None:
-            self._boundary = self._snapshots.write(self._whole_state())
+        promoted = self._good.promoted
+        if promoted is None:
+            self._good.begin(self._whole_state(), self._facts(cycle=None))
         else:
-            self._boundary = self._promoted.snapshot
-            self._restore(actor_too=True, because="the run goes on from the last promoted state")
-        self._snapshots.prune(keep={self._boundary})
+            self._put_back(self._good.go_on(), actor_too=True)
+            self._good.adopt(self._whole_state(), self._facts(cycle=promoted.cycle))
+            because = "the run goes on from the last promoted state"
+            self._log.append("snapshot.restored", {"snapshot": promoted.snapshot, "because": because})
+
+    def expect(self, kind: ExpectedKind, *, at: int | None = None, span: int = 1) -> None:
+        """Announce a change, so that it is not taken for a fault: an epoch boundary, a learning rate, a mix of data.
+
+        It may show from update `at` on (the next one where left out), during `span` updates. What the announcement does
+        not cover still trips: a loss that rises at an epoch boundary, a value that is not a number. Raises UsageError for
+        a change in the past or of another kind.
+        """
+        first = self._updates + 1 if at is None else at
+        if kind not in _EXPECTED:
+            raise UsageError(f"expect({kind!r}): that is no kind of change; expected one of {', '.join(_EXPECTED)}")
+        if first <= self._updates:
+            raise UsageError(f"expect({kind!r}, at={first}): update {first} is over; the next one is {self._updates + 1}")
+        if span < 1:
+            raise UsageError(f"expect({kind!r}, span={span}): a change shows in at least 1 update")
+        self._updates_gate.expect(Expectation(kind=kind, at=first, span=span))
+        self._log.append("update.expected", {"kind": kind, "at": first, "span": span}, sync=False)
 
     def protect(self, texts: Iterable[str]) -> int:
         """Name evaluation texts that no training record may overlap with; gives how many are protected by now."""
@@ -229,7 +276,8 @@ class LoopGuard:
         With `warmup`, cycle 0 comes first where nothing has been promoted yet: in it, monitors that need history only
         learn. Raises LoopFrozen where the run is frozen (or waits, or exits, as the guard policy says).
         """
-        number = self._promoted.cycle + 1 if self._promoted else (0 if warmup else 1)
+        promoted = self._good.promoted
+        number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
         while number <= count:
             self._listen()
             if self._state.frozen:
@@ -251,7 +299,7 @@ class LoopGuard:
     @property
     def promoted_cycle(self) -> int | None:
         """The last promoted cycle, or None."""
-        return self._promoted.cycle if self._promoted else None
+        return self._good.promoted.cycle if self._good.promoted else None
 
     def state_digest(self) -> str:
         """SHA-256 over the weights in training and the whole optimizer state."""
@@ -310,12 +358,12 @@ class LoopGuard:
         freeze = self._state.latch(decision.reason)
         if self.policy.freeze.running_calls == "kill":
             self._cells.kill_running()
+        self._drain()
         self._flush()
-        capsule, trouble = self._capsule(freeze, decision, update=update, readings=readings)
+        capsule, trouble = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
         restored = None
-        if roll_back and self._learner is not None and self._boundary is not None:
-            restored = self._boundary
-            self._restore(actor_too=False, because=f"freeze {freeze}")
+        if roll_back and self._learner is not None and self._good.held:
+            restored = self._restore(actor_too=False, because=f"freeze {freeze}")
         self._state.freeze(
             decision,
             cycle=cycle,
@@ -339,7 +387,7 @@ class LoopGuard:
     def _resume(self, *, by: str, reason: str) -> None:
         self._state.resume(by=by, reason=reason)
         self._tools.forget()
-        if self._learner is not None and self._boundary is not None:
+        if self._learner is not None and self._good.held:
             self._restore(actor_too=True, because="resumed: the frozen cycle is rolled back")
 
     def _capsule(
@@ -347,34 +395,49 @@ class LoopGuard:
         freeze: str,
         decision: Decision,
         *,
+        cycle: int | None,
         update: int | None,
         readings: Mapping[str, float] | None,
     ) -> tuple[str | None, str | None]:
-        """Keep the suspect state and what was decided. A full disk costs the capsule, not the freeze."""
+        """Keep what a replay needs, and the suspect state. A full disk costs the capsule, not the freeze."""
         folder = self.run_dir / "freezes" / freeze
+        told = {
+            "freeze": freeze,
+            "gate": decision.gate,
+            "rule": decision.rule,
+            "reason": decision.reason,
+            "signals": [signal_facts(signal) for signal in decision.signals],
+            "facts": decision.facts,
+            "update": update,
+            "readings": dict(readings or {}),
+        }
+        learner = self._learner
+        facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir)}
+        if learner is not None:
+            facts |= {"settings": learner.settings(), "state_digest": learner.digest()}
         try:
-            state = self._snapshots.write(self._whole_state(), into=folder) if self._learner is not None else None
-            body = {
-                "freeze": freeze,
-                "decision": {
-                    "gate": decision.gate,
-                    "rule": decision.rule,
-                    "reason": decision.reason,
-                    "signals": [signal_facts(signal) for signal in decision.signals],
-                    "facts": decision.facts,
-                },
-                "update": update,
-                "readings": dict(readings or {}),
-                "state": state,
-                "state_digest": self._learner.digest() if self._learner is not None else None,
-                "boundary": self._boundary,
-            }
-            with writing(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            replace_durably(folder / "freeze.json", json.dumps(body, indent=1, sort_keys=True, default=str).encode())
+            write_capsule(
+                folder,
+                limit_bytes=self.policy.freeze.capsule_mib << 20,
+                decision=told,
+                anchor=self._good.anchor,
+                tape=self._good.tape,
+                suspect_state=self._whole_state() if learner is not None else None,
+                facts=facts,
+            )
         except DiskError as error:
             return None, f"the capsule could not be written: {error}"
         return str(folder.relative_to(self.run_dir)), None
+
+    def _facts(self, *, cycle: int | None) -> dict[str, Any]:
+        """What a snapshot says of where it comes from."""
+        return {
+            "policy": self.policy_digest,
+            "versions": directories.versions(),
+            "cycle": cycle,
+            "update": self._updates,
+            "epoch": self._log.epoch,
+        }
 
     def _whole_state(self) -> dict[str, Any]:
         return {
@@ -382,19 +445,39 @@ class LoopGuard:
             "updates": self._updates,
             "update_gate": self._updates_gate.state_dict(),
             "data_gate": self._data.state_dict(),
+            "promotion_gate": self._promotions.state_dict(),
             "loop": self._loop.state_dict() if self._loop is not None else None,
         }
 
-    def _restore(self, *, actor_too: bool, because: str) -> None:
-        assert self._boundary is not None
-        state = self._snapshots.read(self._boundary)
+    def _restore(self, *, actor_too: bool, because: str) -> str:
+        """Go back to the boundary; gives the name of its snapshot."""
+        self._put_back(self._good.state(), actor_too=actor_too)
+        self._good.rewind()
+        snapshot = self._good.digest() or "kept in memory alone"
+        self._log.append("snapshot.restored", {"snapshot": snapshot, "because": because})
+        return snapshot
+
+    def _put_back(self, state: dict[str, Any], *, actor_too: bool) -> None:
+        learner = self._held()
         if self._loop is not None:
             self._loop.load_state_dict(state["loop"])
         self._updates = self._lease_to = state["updates"]
         self._updates_gate.load_state_dict(state["update_gate"])
         self._data.load_state_dict(state["data_gate"])
-        self._held().restore(state["learner"], actor_too=actor_too)
-        self._log.append("snapshot.restored", {"snapshot": self._boundary, "because": because})
+        self._promotions.load_state_dict(state["promotion_gate"])
+        learner.restore(state["learner"], actor_too=actor_too)  # its last act is to put the generators back
+        learner.release()
+
+    def _drain(self) -> None:
+        """Take in what the device has decided and nobody has read yet."""
+        staged = self._learner.collect() if self._learner is not None else None
+        if staged is None:
+            return
+        self._awaited.update(staged.values)
+        if staged.withheld:
+            self._updates = staged.update - 1
+        else:
+            self._pending.append((staged.update, staged.values))
 
     def _lease(self, update: int, *, cycle: int) -> None:
         """One durable record permits the next few updates, instead of one for each."""
@@ -411,16 +494,25 @@ class LoopGuard:
         for _, values in self._pending:
             for metric, value in values.items():
                 readings[metric].append(value)
-        body = {"from": self._pending[0][0], "to": self._pending[-1][0], "readings": dict(readings)}
+        body: dict[str, Any] = {
+            "from": self._pending[0][0],
+            "to": self._pending[-1][0],
+            "readings": dict(readings),
+            "notes": self._notes[:_NOTES],
+            "notes_left_out": max(0, len(self._notes) - _NOTES),
+            "overflows": self._overflows,
+        }
         self._pending.clear()
+        self._notes.clear()
+        self._overflows = 0
         self._log.append("update.applied", body, sync=False)
 
     def _end(self, cycle: Cycle) -> None:
         """The loop's body is through. Weights that act must have been promoted."""
-        if cycle.promoted:
+        if cycle.promoted or (self._learner is not None and not cycle._collect(self._learner)):
             return
         self._flush()
-        if self._learner is not None and self._learner.same_actor and self._boundary is not None:
+        if self._learner is not None and self._learner.same_actor and self._good.held:
             self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
         self._lease_to = self._updates
         self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)
@@ -430,20 +522,20 @@ class LoopGuard:
     def _settle(self) -> None:
         """Bring an interrupted run to rest: finish what was decided, undo what nobody can vouch for."""
         trail = directories.Trail(read.entries(self.run_dir, CONTROLLER))
-        known = {None, *trail.snapshots}
-        pointer = self._promoted.snapshot if self._promoted else None
-        if pointer not in known:
+        promoted = self._good.promoted
+        pointer = promoted.snapshot if promoted else None
+        if pointer not in {None, *trail.snapshots}:
             reason = f"snapshots/promoted.json names {pointer}, which no promotion in the log names"
             self._state.freeze(
                 Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
             )
             return
-        if trail.undecided is not None:
-            applied = pointer == trail.undecided["snapshot"]
-            self._log.append("promotion.settled", {"snapshot": trail.undecided["snapshot"], "applied": applied})
-            self.found.append(
-                f"the promotion of cycle {trail.open_cycle} was {'finished' if applied else 'cut short and is undone'}"
-            )
+        if trail.unsettled is not None and trail.unsettled != self.promoted_cycle:
+            # Decided, perhaps applied, and not on disk: the pointer is what counts.
+            self._log.append("promotion.settled", {"snapshot": pointer, "applied": False}, cycle=trail.unsettled)
+            self.found.append(f"the promotion of cycle {trail.unsettled} was cut short and is undone")
+            if trail.open_cycle is None:
+                self._log.epoch += 1
         if trail.open_cycle is not None:
             # Update numbers start again from the boundary; the epoch tells the old ones from the new.
             self._log.epoch += 1
@@ -455,10 +547,11 @@ class LoopGuard:
                 f"the run goes back to {self._where()} and runs them again"
             )
         if trail.open_cycle is not None:
-            done = self._promoted is not None and self._promoted.cycle == trail.open_cycle
+            done = self.promoted_cycle == trail.open_cycle
             self._log.append("cycle.finished", {"result": "promoted" if done else "abandoned"}, cycle=trail.open_cycle)
             if not done:
                 self.found.append(f"cycle {trail.open_cycle} was not finished; it starts again from {self._where()}")
 
     def _where(self) -> str:
-        return "its beginning" if self._promoted is None else f"the promoted state of cycle {self._promoted.cycle}"
+        cycle = self.promoted_cycle
+        return "its beginning" if cycle is None else f"the promoted state of cycle {cycle}"

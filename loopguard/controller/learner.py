@@ -98,6 +98,10 @@ class Learner(Protocol):
         """Go back to such a state of the generators."""
         ...
 
+    def settings(self) -> dict[str, Any]:
+        """What else decides about the bits of a step: threads, precision, devices. JSON values."""
+        ...
+
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs."""
         ...

@@ -7,15 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard import monitors
 from loopguard.errors import MonitorError
-from loopguard.types import Decision, Signal
+from loopguard.types import Decision, Expectation, Signal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from loopguard.policy.schema import Freeze, Updates
 
 ROUNDING = -1e-6
 """A discrete log-loss may come out this far below zero by rounding alone (pytorch/pytorch#2866 saw -1e-12)."""
+
+OVERFLOW = Decision(
+    result="allow",
+    gate="update",
+    rule="overflow",
+    reason="the gradients do not fit into half precision: the scaler takes no step and lowers its scale",
+)
 
 
 class UpdateGate:
@@ -26,49 +33,88 @@ class UpdateGate:
     """
 
     def __init__(self, updates: Updates, freeze: Freeze) -> None:
-        self._monitors = [_build(rule, loss_kind=updates.loss_kind) for rule in updates.monitors]
+        rules = updates.monitors
+        statistical = sum(rule.kind != "bounds" for rule in rules)
+        # One rate for the run, shared: each of m monitors may cry wolf m times as seldom.
+        every = float(updates.false_alarm_every * max(statistical, 1))
+        built = [_build(rule, loss_kind=updates.loss_kind, every=every) for rule in rules]
+        self._monitors = built
+        # Immediate monitors first: a value that is impossible never enters the statistics of the others.
+        self._in_order = sorted(built, key=lambda monitor: not monitor.immediate)
         self._skip = freeze.skip_at_most if freeze.on_trip == "skip" else None
         self._skipped_at: deque[int] = deque()
+        self._warnings: dict[str, Signal] = {}
 
-    def decide(self, readings: Mapping[str, float], *, update: int, armed: bool) -> Decision:
+    @property
+    def skips(self) -> bool:
+        """Whether an impossible value costs its batch, and not the run."""
+        return self._skip is not None
+
+    @property
+    def holding(self) -> tuple[Signal, ...]:
+        """Warnings of the last update that nothing should be promoted under."""
+        return tuple(signal for signal in self._warnings.values() if signal.holds)
+
+    def decide(
+        self,
+        readings: Mapping[str, float],
+        *,
+        update: int,
+        armed: bool,
+        absent: Collection[str] = (),
+    ) -> Decision:
         """Judge one update.
 
         `readings` holds one value for each metric of this update. While not `armed` only the monitors that need no
-        history can trip. A watched metric that is missing freezes. Raises MonitorError where a monitor fails.
+        history can trip. A watched metric that is missing freezes, unless `absent` names it. Raises MonitorError where a
+        monitor fails.
         """
-        signals = []
-        for monitor in self._in_order():
+        warnings: dict[str, Signal] = {}
+        for monitor in self._in_order:
             value = readings.get(monitor.metric)
             if value is None:
-                return self._freeze(
-                    f"missing:{monitor.metric}", f"no reading of {monitor.metric} at update {update}", ()
-                )
+                if monitor.metric in absent:
+                    continue
+                return self._freeze(f"missing:{monitor.metric}", _missing(monitor.metric, update))
             try:
                 signal = monitor.read(value, at=update, armed=armed)
             except Exception as error:
                 raise MonitorError(f"the monitor of {monitor.metric} failed at update {update}: {error!r}") from error
-            if signal is None:
+            if signal is None or signal.level == "ok":
                 continue
-            if signal.level == "trip":
-                return self._tripped(signal, update, immediate=monitor.immediate)
-            signals.append(signal)
+            if signal.level == "warn":
+                warnings[_rule(signal)] = signal
+                continue
+            # A trip, and whatever else a monitor might say: stop.
+            return self._tripped(signal, update, immediate=monitor.immediate)
+        self._warnings = warnings
         return Decision(
             result="allow",
             gate="update",
             rule="default",
-            reason="every monitor is quiet",
-            signals=tuple(signals),
+            reason="every monitor is quiet" if not warnings else "no monitor is sure",
+            signals=tuple(warnings.values()),
         )
 
-    def _in_order(self) -> list[monitors.Monitor]:
-        # Immediate monitors first: a value that is impossible never enters the statistics of the others.
-        return sorted(self._monitors, key=lambda monitor: not monitor.immediate)
+    def limits(self) -> dict[str, tuple[float | None, float | None]]:
+        """For each metric the range outside of which the next value alone stops its update, as far as is known now."""
+        ranges: dict[str, tuple[float | None, float | None]] = {}
+        for monitor in self._monitors:
+            low, high = monitor.limits()
+            lowest, highest = ranges.get(monitor.metric, (None, None))
+            ranges[monitor.metric] = (_tighter(max, lowest, low), _tighter(min, highest, high))
+        return ranges
+
+    def expect(self, expected: Expectation) -> None:
+        """Tell every monitor of an announced change."""
+        for monitor in self._monitors:
+            monitor.expect(expected)
 
     def _tripped(self, signal: Signal, update: int, *, immediate: bool) -> Decision:
         if immediate and self._may_skip(update):
             self._skipped_at.append(update)
             return Decision(result="skip", gate="update", rule=_rule(signal), reason=signal.reason, signals=(signal,))
-        return self._freeze(_rule(signal), signal.reason, (signal,), withheld_in_time=immediate)
+        return self._freeze(_rule(signal), signal.reason, (signal,), withheld_in_time=signal.at_once)
 
     def _may_skip(self, update: int) -> bool:
         if self._skip is None:
@@ -78,7 +124,7 @@ class UpdateGate:
         return len(self._skipped_at) < self._skip.updates
 
     def _freeze(
-        self, rule: str, reason: str, signals: tuple[Signal, ...], *, withheld_in_time: bool = True
+        self, rule: str, reason: str, signals: tuple[Signal, ...] = (), *, withheld_in_time: bool = True
     ) -> Decision:
         return Decision(
             result="freeze",
@@ -98,13 +144,28 @@ class UpdateGate:
         for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
             monitor.load_state_dict(saved)
         self._skipped_at = deque(state["skipped_at"])
+        self._warnings = {}
 
 
-def _build(rule: Any, *, loss_kind: str) -> monitors.Monitor:
+def _build(rule: Any, *, loss_kind: str, every: float) -> monitors.Monitor:
     settings = rule.model_dump(exclude={"kind"})
-    if rule.kind == "bounds" and rule.metric == "loss" and loss_kind == "discrete" and settings["min"] is None:
-        settings["min"] = ROUNDING
-    return monitors.build(rule.kind, **settings)
+    if "good" in settings:
+        settings["good"] = rule.better
+    if rule.kind == "bounds":
+        if rule.metric == "loss" and loss_kind == "discrete" and settings["min"] is None:
+            settings["min"] = ROUNDING
+        return monitors.build("bounds", **settings)
+    return monitors.build(rule.kind, every=every, **settings)
+
+
+def _tighter(choose: Any, one: float | None, other: float | None) -> float | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return float(choose(one, other))
+
+
+def _missing(metric: str, update: int) -> str:
+    return f"no reading of {metric} at update {update}: hand it in with cycle.update(readings=...)"
 
 
 def _rule(signal: Signal) -> str:

@@ -84,18 +84,25 @@ _ORDER: dict[str, Order | Steps] = {
     "updates.lease": "smaller",
     "updates.monitors.*.min": "larger",
     "updates.monitors.*.max": "smaller",
-    "updates.monitors.*.threshold": "smaller",
+    # A run that may cry wolf more often has narrower limits.
+    "updates.false_alarm_every": "smaller",
     "updates.monitors.*.min_change": "smaller",
     "promotion.panel.*.min": "larger",
     "promotion.panel.*.max": "smaller",
     "promotion.panel.*.max_gain": "smaller",
     "promotion.panel.*.max_loss": "smaller",
+    # Watched over cycles is tighter than not; of two numbers of problems the true one is right, and only people know it.
+    "promotion.panel.*.problem_count": "any",
+    "promotion.false_alarm_every": "smaller",
+    # How far back a person may go says nothing of what the loop may do.
+    "promotion.keep_snapshots": "neutral",
     "freeze.on_trip": (("freeze",), ("skip",)),
     "freeze.skip_at_most.updates": "smaller",
     "freeze.skip_at_most.per": "larger",
     # However a frozen loop ends, nothing goes on before a named person lets it.
     "freeze.when_frozen": "neutral",
     "freeze.running_calls": (("kill",), ("drain",)),
+    "freeze.capsule_mib": "neutral",
     "audit.reserve_mib": "larger",
 }
 

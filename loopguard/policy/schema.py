@@ -390,11 +390,16 @@ class Data(Section):
             yield ("max_own_share",), "is 0, so that nothing of the model is admitted; take 'model' out of data.sources"
 
 
+_KINDS = "the monitor: bounds, jump, drift or variance"
+_WATCHED = "what it watches: loss, grad_norm, or a reading that the loop hands in"
+Good = Literal["up", "down", "none"]
+
+
 class BoundsRule(Section):
     """A metric that must be a finite number inside its domain. Trips at once, so the update is withheld in time."""
 
-    kind: Literal["bounds"] = Field(description="the monitor: bounds or jump")
-    metric: Literal["loss", "grad_norm"] = Field(description="what it watches: loss or grad_norm")
+    kind: Literal["bounds"] = Field(description=_KINDS)
+    metric: MetricName = Field(description=_WATCHED)
     min: float | None = None
     max: float | None = None
 
@@ -403,24 +408,46 @@ class BoundsRule(Section):
         yield from _range(self.min, self.max)
 
 
-class JumpRule(Section):
-    """A metric that must not leave its recent level suddenly, upwards or downwards."""
+class _DirectedRule(Section):
+    """A monitor that has to know which way its metric is better."""
 
-    kind: Literal["jump"] = Field(description="the monitor: bounds or jump")
-    metric: Literal["loss", "grad_norm"] = Field(description="what it watches: loss or grad_norm")
-    threshold: Annotated[float, Field(gt=0, le=1000)] = 6.0
-    min_change: Annotated[float, Field(ge=0, le=1000)] = 0.25
-    window: Annotated[int, Field(ge=8, le=100_000)] = 40
-    confirm: Count = 5
-    warmup: Annotated[int, Field(ge=8, le=1_000_000)] = 64
+    metric: MetricName = Field(description=_WATCHED)
+    good: Good | None = None
+
+    @property
+    def better(self) -> Good:
+        """Which way is better; of the loss and of the gradient norm it is known."""
+        return self.good or _KNOWN_GOOD[self.metric]
 
     def problems(self) -> Iterator[Problem]:
-        """The level is estimated from more readings than those that are compared with it."""
-        if self.confirm > self.window:
-            yield ("confirm",), f"is {self.confirm}, more than the window of {self.window}; 5 is usual"
+        """Of a metric that we do not know, the direction is said."""
+        if self.good is None and self.metric not in _KNOWN_GOOD:
+            yield ("good",), f"is missing: say which way {self.metric} is better: up, down or none"
 
 
-MonitorRule = Annotated[BoundsRule | JumpRule, Field(discriminator="kind")]
+class JumpRule(_DirectedRule):
+    """A metric that must not leave its recent level suddenly."""
+
+    kind: Literal["jump"] = Field(description=_KINDS)
+    min_change: Annotated[float, Field(ge=0, le=1000)] = 0.0
+
+
+class DriftRule(_DirectedRule):
+    """A metric that must not get slowly worse."""
+
+    kind: Literal["drift"] = Field(description=_KINDS)
+
+
+class VarianceRule(Section):
+    """A metric whose noise must not blow up."""
+
+    kind: Literal["variance"] = Field(description=_KINDS)
+    metric: MetricName = Field(description=_WATCHED)
+
+
+MonitorRule = Annotated[BoundsRule | JumpRule | DriftRule | VarianceRule, Field(discriminator="kind")]
+
+_KNOWN_GOOD: dict[str, Good] = {"loss": "down", "grad_norm": "none"}
 
 
 class Updates(Section):
@@ -430,6 +457,7 @@ class Updates(Section):
         description="discrete (cross-entropy, never below zero), density, or surrogate (policy gradient)"
     )
     lease: Annotated[int, Field(ge=1, le=65536)] = 64
+    false_alarm_every: Annotated[int, Field(ge=100, le=1_000_000_000)] = 100_000
     monitors: tuple[MonitorRule, ...] = Field(max_length=100, description="what watches the loss and the gradient")
 
     def problems(self) -> Iterator[Problem]:
@@ -437,13 +465,13 @@ class Updates(Section):
         for i in _repeats([(rule.kind, rule.metric) for rule in self.monitors]):
             rule = self.monitors[i]
             yield ("monitors", i), f"watches {rule.metric} with {rule.kind} a second time; keep one of the two"
-        bounds = [i for i, rule in enumerate(self.monitors) if (rule.kind, rule.metric) == ("bounds", "loss")]
-        if not bounds:
+        bounds = [(i, rule) for i, rule in enumerate(self.monitors) if isinstance(rule, BoundsRule)]
+        loss = [(i, rule) for i, rule in bounds if rule.metric == "loss"]
+        if not loss:
             yield ("monitors",), "let a loss that is not a number pass; add {kind: bounds, metric: loss}"
-        for i in bounds:
-            low = self.monitors[i].min  # type: ignore[union-attr]  # bounds, by the line above
-            if self.loss_kind == "discrete" and low is not None and low < 0:
-                tail = f"is {low:g}, but a discrete loss below zero is a bug; leave min out, or change loss_kind"
+        for i, rule in loss:
+            if self.loss_kind == "discrete" and rule.min is not None and rule.min < 0:
+                tail = f"is {rule.min:g}, but a discrete loss below zero is a bug; leave min out, or change loss_kind"
                 yield ("monitors", i, "min"), tail
 
 
@@ -451,15 +479,20 @@ class PanelMetric(Section):
     """One capability, compared with its value at the last promotion. Changes are absolute, in the metric's own unit."""
 
     metric: MetricName = Field(description="its name, as the loop reports it")
-    good: Literal["up", "down", "none"] = Field(description="which direction is a gain: up, down or none")
+    good: Good = Field(description="which direction is a gain: up, down or none")
     min: float | None = None
     max: float | None = None
     max_gain: Annotated[float, Field(ge=0)] = Field(description="the largest gain that one cycle may bring")
     max_loss: Annotated[float, Field(ge=0)] = Field(description="the largest loss that one cycle may bring")
+    problem_count: Annotated[int, Field(ge=2, le=1_000_000_000)] | None = Field(default=None, alias="problems")
 
     def problems(self) -> Iterator[Problem]:
-        """The domain is one."""
+        """The domain is one, and a share of problems is a share."""
         yield from _range(self.min, self.max)
+        if self.problem_count is not None and (self.min, self.max) != (0, 1):
+            yield ("problems",), f"makes {self.metric} a share of problems solved; write min: 0 and max: 1 with it"
+        if self.problem_count is not None and self.good == "none":
+            yield ("problems",), "needs a direction that is better; write good: up or good: down"
 
 
 class Promotion(Section):
@@ -468,6 +501,8 @@ class Promotion(Section):
     panel: tuple[PanelMetric, ...] = Field(
         max_length=1000, description="the capabilities that a candidate is judged by"
     )
+    false_alarm_every: Annotated[int, Field(ge=10, le=1_000_000_000)] = 1000
+    keep_snapshots: Annotated[int, Field(ge=1, le=1000)] = 2
 
     def problems(self) -> Iterator[Problem]:
         """Something is measured, and each metric has one rule."""
@@ -495,6 +530,7 @@ class Freeze(Section):
     skip_at_most: SkipBudget | None = None
     when_frozen: Literal["raise", "wait", "exit"] = "raise"
     running_calls: Literal["kill", "drain"] = "kill"
+    capsule_mib: Annotated[int, size("MiB", "1MiB", "1024GiB")] = Field(default=1024, alias="capsule")
 
     def problems(self) -> Iterator[Problem]:
         """`skip` has a budget, and only `skip` has one."""

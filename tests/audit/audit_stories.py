@@ -111,12 +111,14 @@ class Loop:
         if correct is not None:
             panel["correct"] = correct
         self.log.append("eval.finished", {"panel": panel}, cycle=cycle)
-        snapshot = digest(f"snapshot {cycle} {self.update}")
+        snapshot, weights = digest(f"snapshot {cycle} {self.update}"), digest(f"weights {cycle} {self.update}")
         body = {"result": "allow", "rule": "panel", "reason": "every metric is within its range", "panel": panel}
         self.log.append(
-            "promotion.decided", {**body, "previous": self.panel or None, "snapshot": snapshot}, cycle=cycle
+            "promotion.decided", {**body, "previous": self.panel or None, "weights": weights}, cycle=cycle
         )
-        self.log.append("promotion.applied", {"snapshot": snapshot}, cycle=cycle)
+        self.log.append("promotion.applied", {"actor": weights}, cycle=cycle)
+        body = {"snapshot": snapshot, "update": self.update, "promoted": True}
+        self.log.append("snapshot.written", body, cycle=cycle)
         self.log.append("cycle.finished", {"result": "promoted"}, cycle=cycle)
         self.snapshot, self.panel = snapshot, panel
 
@@ -166,7 +168,7 @@ class Loop:
         self.log.append("eval.finished", {"panel": panel}, cycle=cycle)
         why = "correct rose by 0.4; at most 0.2 is allowed in one cycle"
         body = {"result": "freeze", "rule": "panel.correct", "reason": why, "panel": panel}
-        self.log.append("promotion.decided", {**body, "previous": self.panel, "snapshot": None}, cycle=cycle)
+        self.log.append("promotion.decided", {**body, "previous": self.panel, "weights": digest("w")}, cycle=cycle)
         top = {"metric": "correct", "value": panel["correct"], "low": 0.1, "high": self.panel["correct"] + 0.2}
         top |= {"score": None, "since": None, "direction": "up", "monitor": "panel", "level": "trip", "reason": why}
         self.log.append("snapshot.restored", {"snapshot": self.snapshot, "because": "freeze f2"}, cycle=cycle)

@@ -36,7 +36,7 @@ class TestWhy:
         assert lines[1].startswith("tripped   promotion gate, rule panel.correct: correct rose by 0.4")
         assert lines[2].startswith("value     correct 0.93")
         assert lines[4].startswith("weights   updates 289-336 were undone, weights are back at snapshot ")
-        assert lines[5].startswith("actor     that of cycle 5 stays (snapshot ")
+        assert lines[5].startswith("actor     that of cycle 5 stays (weights ")
         assert lines[-1] == f"go on     loopguard resume {story} --by NAME --reason TEXT"
         assert 8 <= len(lines) <= 12
 

@@ -391,8 +391,8 @@ class TestProtocol:
         with open_log(tmp_path / "run") as log:
             log.append("tool.decided", {"call": "c1", "result": result})
             log.append("tool.finished", {"call": "c1", "status": "ok"})
-            log.append("promotion.decided", {"result": result, "snapshot": digest("s")})
-            log.append("promotion.applied", {"snapshot": digest("s")})
+            log.append("promotion.decided", {"result": result, "weights": digest("s")})
+            log.append("promotion.applied", {"actor": digest("s")})
         assert len(verify(tmp_path / "run").findings) == 2
 
     def test_a_call_ends_once(self, tmp_path):
@@ -415,9 +415,9 @@ class TestProtocol:
 
     def test_a_promotion_of_other_weights_than_allowed_is_a_finding(self, tmp_path):
         with open_log(tmp_path / "run") as log:
-            log.append("promotion.decided", {"result": "allow", "snapshot": digest("a")})
-            log.append("promotion.applied", {"snapshot": digest("b")})
-        assert "was promoted where" in verify(tmp_path / "run").findings[0]
+            log.append("promotion.decided", {"result": "allow", "weights": digest("a")})
+            log.append("promotion.applied", {"actor": digest("b")})
+        assert "were promoted where" in verify(tmp_path / "run").findings[0]
 
     def test_leases_that_touch_are_one(self, tmp_path):
         """A batch of results may span two leases of the same epoch."""

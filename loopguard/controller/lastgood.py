@@ -1,0 +1,134 @@
+"""The state that a freeze goes back to: in memory at once, on disk beside the next cycle.
+
+At a boundary (attach, and every promotion) the whole state is copied in place into a slot of memory. The pointer flips
+to that slot when the promotion has been applied, and a thread writes the slot to disk: `snapshot.written` in the log,
+then `snapshots/promoted.json`, whose replacement is what a start goes by. A process that dies before that goes on from
+the promotion before; `directory` settles it.
+
+Also here: the tape of the batches since the boundary, from which a capsule can be replayed.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from loopguard.errors import DiskError
+from loopguard.snapshots import Promoted, Ring, SnapshotStore, Tape, Writer
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from loopguard.audit.log import AuditLog
+    from loopguard.snapshots import Handle, Slot
+
+
+class LastGood:
+    """The last-good state of one run. Lives as long as its guard; `close` waits until all of it is on disk."""
+
+    def __init__(self, run_dir: Path, log: AuditLog, *, keep: int, tape_bytes: int) -> None:
+        self.store = SnapshotStore(run_dir / "snapshots")
+        self.promoted: Promoted | None = self.store.promoted()
+        self.tape = Tape(limit_bytes=tape_bytes)
+        self.anchor: Slot | None = None
+        """What the tape starts from: the boundary, or a state in the middle of a cycle."""
+        self._log = log
+        self._keep = keep
+        self._ring = Ring()
+        self._writer = Writer(self.store)
+        self._handle: Handle | None = None
+        self._digest: str | None = self.promoted.snapshot if self.promoted else None
+
+    @property
+    def held(self) -> bool:
+        """Whether there is a boundary to go back to."""
+        return self._ring.approved is not None
+
+    def begin(self, state: Any, facts: Mapping[str, Any]) -> None:
+        """Start from a state that nobody promoted: that of a run's beginning."""
+        self._flip(self.take(state, facts))
+        self._handle = self._writer.submit(self._approved(), facts, self._written)
+
+    def go_on(self) -> Any:
+        """The promoted state, from disk. Raises SnapshotError where it is missing or damaged."""
+        assert self.promoted is not None
+        return self.store.read(self.promoted.snapshot)
+
+    def adopt(self, state: Any, facts: Mapping[str, Any]) -> None:
+        """Hold the promoted state that was just restored."""
+        self._flip(self.take(state, facts))
+        self._prune()
+
+    def take(self, state: Any, facts: Mapping[str, Any]) -> Slot:
+        """Copy a state into memory: a candidate, until `promote`."""
+        return self._ring.take(state, facts)
+
+    def promote(self, slot: Slot, *, cycle: int, update: int, panel: dict[str, float]) -> None:
+        """From now on a freeze goes back to this slot. Raises DiskError where the one before did not reach the disk."""
+        self.wait()
+        self._flip(slot)
+        self.promoted = Promoted(snapshot="", cycle=cycle, update=update, panel=panel)
+
+        def written(digest: str) -> None:
+            self._log.append("snapshot.written", {"snapshot": digest, "update": update, "promoted": True}, cycle=cycle)
+            promoted = Promoted(snapshot=digest, cycle=cycle, update=update, panel=panel)
+            self.store.promote(promoted)
+            self.promoted = promoted
+            self._digest = digest
+            self._prune()
+
+        self._digest = None
+        self._handle = self._writer.submit(slot, slot.facts, written)
+
+    def state(self) -> Any:
+        """The boundary's state. Its tensors are the slot's own: copy them."""
+        return self._approved().state()
+
+    def digest(self) -> str | None:
+        """The name of the boundary's snapshot; waits until it is on disk. None where it cannot get there."""
+        with suppress(DiskError):  # `check` says so at the next gate; a freeze must not wait for a disk to be mended
+            self.wait()
+        return self._digest
+
+    def shorten(self, state: Any, facts: Mapping[str, Any]) -> None:
+        """Start the tape anew from a state in the middle of the cycle, since it has grown past its bound."""
+        self.anchor = self._ring.take_between(state, facts)
+        self.tape.restart()
+
+    def rewind(self) -> None:
+        """The boundary has been restored: what is on the tape did not happen."""
+        self.anchor = self._ring.approved
+        self.tape.restart()
+
+    def check(self) -> None:
+        """Raise DiskError where a snapshot did not reach the disk."""
+        if (trouble := self._writer.trouble) is not None:
+            raise trouble
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises DiskError."""
+        if self._handle is not None:
+            self._handle.wait()
+            self._handle = None
+
+    def close(self) -> None:
+        """Finish writing and end the thread. Raises nothing: what did not reach the disk is settled by the next start."""
+        self._writer.close()
+
+    def _written(self, digest: str) -> None:
+        self._digest = digest
+        self._prune()
+
+    def _prune(self) -> None:
+        kept = {self._digest} if self._digest else set()
+        self.store.prune(keep=kept | {one.snapshot for one in self.store.history()[: self._keep]})
+
+    def _flip(self, slot: Slot) -> None:
+        self._ring.approve(slot)
+        self.rewind()
+
+    def _approved(self) -> Slot:
+        approved = self._ring.approved
+        assert approved is not None
+        return approved
