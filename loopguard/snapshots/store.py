@@ -1,11 +1,12 @@
-"""LoopGuard's own last-good state: what a frozen loop goes back to, and what a killed one goes on from.
+"""Snapshots on disk, named by what is in them.
 
-A snapshot is a folder with `state.safetensors` (every tensor) and `manifest.json` (everything else, and the tensors'
-place in it). Its name is the SHA-256 over both, so that a snapshot cannot change under its name. Nothing is pickled.
+A snapshot is a folder with `state.safetensors` (every tensor) and `manifest.json` (everything else, the tensors' place
+in it, and the hash of the first file). Its name is the SHA-256 of the manifest, so that a snapshot cannot change under
+its name. Nothing is pickled.
 
     snapshots/
       <digest>/        state.safetensors, manifest.json
-      promoted.json    the pointer: which snapshot acts now; replacing it is the commit point of a promotion
+      promoted.json    the pointer: which snapshot acts now, and which did before; replacing it commits a promotion
 
 Not here: the checkpoints of a framework, which stay where they are, and any decision about when to go back.
 """
@@ -16,19 +17,34 @@ import hashlib
 import json
 import os
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from loopguard.errors import DiskError, SnapshotError
+from loopguard.errors import SnapshotError
+from loopguard.snapshots.files import (
+    discard_folder,
+    partial_folder,
+    partial_name,
+    publish,
+    replace_durably,
+    write_synced,
+    writing,
+)
+from loopguard.snapshots.ring import Slot
+from loopguard.snapshots.tensors import read_tensors, verify_file, write_tensors
+from loopguard.snapshots.tree import Encoded, decode, encode, legible
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
-_TENSORS = "state.safetensors"
-_MANIFEST = "manifest.json"
+FORMAT = 2
+TENSORS = "state.safetensors"
+MANIFEST = "manifest.json"
 _POINTER = "promoted.json"
+_HISTORY = 100
+"""Earlier promotions that the pointer remembers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,165 +62,178 @@ class SnapshotStore:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._filling: set[str] = set()
 
-    def write(self, state: Any, *, into: Path | None = None) -> str:
-        """Make a state durable and give its digest.
+    def write(self, state: Any, facts: Mapping[str, Any] | None = None, *, into: Path | None = None) -> str:
+        """Make a state, or that of a slot, durable and give its digest.
 
-        `state` may nest dicts, lists, tuples, strings, numbers, booleans, None, bytes and tensors; dict keys may be
-        strings or integers. The folder appears under its name whole or not at all. Raises DiskError where the disk does
-        not take it, TypeError for a value of another kind.
+        `facts` go into the manifest: JSON values such as the update, the versions and the digest of the guard policy; a
+        slot has its own. The folder appears under its name whole or not at all. Raises DiskError where the disk does
+        not take it, TypeError for a state that a snapshot cannot hold, SnapshotError for a stale slot.
         """
-        from safetensors.torch import save
-
         parent = into or self.root
-        tensors: dict[str, Any] = {}
-        tree = _encode(state, tensors)
-        blob = save(tensors)
-        manifest = json.dumps({"format": 1, "tree": tree}, sort_keys=True, separators=(",", ":")).encode()
-        digest = _digest(blob, manifest)
-        final = parent / digest
-        partial = parent / f".partial-{digest}"
-        with writing(final):
-            if final.exists():
-                return digest
-            partial.mkdir(parents=True, exist_ok=True)
-            for name, data in ((_TENSORS, blob), (_MANIFEST, manifest)):
-                _write_synced(partial / name, data)
-            sync_directory(partial)
-            partial.rename(final)
-            sync_directory(parent)
-        return digest
+        if facts is None:
+            facts = state.facts if isinstance(state, Slot) else {}
+        with _encoded(state) as encoded, writing(parent), self._partial(parent) as partial:
+            manifest = {
+                "format": FORMAT,
+                "facts": legible(facts),
+                "tensors": write_tensors(partial / TENSORS, encoded.tensors),
+                "tree": encoded.tree,
+            }
+            return self._publish(partial, parent, manifest)
 
     def read(self, digest: str, *, of: Path | None = None) -> Any:
         """The state of that name. Raises SnapshotError where it is missing or is not what its name says."""
-        from safetensors.torch import load
-
         folder = (of or self.root) / digest
-        try:
-            blob, manifest = (folder / _TENSORS).read_bytes(), (folder / _MANIFEST).read_bytes()
-        except OSError as error:
-            raise SnapshotError(f"{folder}: the snapshot cannot be read: {error.strerror}") from error
-        if (found := _digest(blob, manifest)) != digest:
-            raise SnapshotError(f"{folder}: the snapshot is not what its name says; its content has digest {found}")
-        return _decode(json.loads(manifest)["tree"], load(blob))
+        manifest = read_manifest(folder)
+        return decode(manifest["tree"], read_tensors(folder / TENSORS, manifest["tensors"]))
+
+    def facts(self, digest: str, *, of: Path | None = None) -> dict[str, Any]:
+        """What its writer said of a snapshot. Raises SnapshotError as `read` does, for the manifest alone."""
+        return cast(dict[str, Any], decode(read_manifest((of or self.root) / digest)["facts"], []))
+
+    def verify(self, digest: str, *, of: Path | None = None) -> None:
+        """Read a snapshot through and load nothing. Raises SnapshotError as `read` does."""
+        folder = (of or self.root) / digest
+        verify_file(folder / TENSORS, read_manifest(folder)["tensors"])
+
+    def link(self, digest: str, into: Path) -> None:
+        """Let a snapshot stand in another folder too, without its bytes taking room twice where the disk can do that.
+
+        Raises SnapshotError where it is missing, DiskError.
+        """
+        folder = self.root / digest
+        read_manifest(folder)
+        with writing(into), self._partial(into) as partial:
+            for name in (TENSORS, MANIFEST):
+                _link(folder / name, partial / name)
+            publish(partial, into / digest, intact=lambda: self._intact(digest, of=into))
 
     def promote(self, promoted: Promoted) -> None:
-        """Point at another snapshot. This is the commit point of a promotion."""
-        body = {
-            "snapshot": promoted.snapshot,
-            "cycle": promoted.cycle,
-            "update": promoted.update,
-            "panel": promoted.panel,
-        }
-        replace_durably(self.root / _POINTER, json.dumps(body, sort_keys=True).encode() + b"\n")
+        """Point at another snapshot. This is the commit point of a promotion. Raises DiskError, SnapshotError."""
+        now, before = self._pointer()
+        if now is not None and now != promoted:
+            before = [now, *before]
+        self._point(promoted, before)
+
+    def roll_back(self, digest: str) -> Promoted:
+        """Point at an earlier promotion again, and forget those after it.
+
+        Raises SnapshotError where no earlier promotion has that snapshot, or it is missing or damaged; DiskError.
+        """
+        _, before = self._pointer()
+        places = [place for place, earlier in enumerate(before) if earlier.snapshot == digest]
+        if not places:
+            raise SnapshotError(f"{self.root / _POINTER} names no earlier promotion with snapshot {digest}")
+        self.verify(digest)
+        self._point(before[places[0]], before[places[0] + 1 :])
+        return before[places[0]]
 
     def promoted(self) -> Promoted | None:
         """The pointer, or None before the first promotion. Raises SnapshotError where it cannot be read."""
+        return self._pointer()[0]
+
+    def history(self) -> tuple[Promoted, ...]:
+        """The promotions before that one, newest first; their snapshots may be gone. Raises SnapshotError."""
+        return tuple(self._pointer()[1])
+
+    def prune(self, *, keep: set[str]) -> None:
+        """Remove every snapshot but those and the promoted one, and what a killed writer left.
+
+        What this store is writing is left alone until it has its name; then it has to be in `keep`, so call this from
+        the thread that writes. Raises SnapshotError where the pointer cannot be read; then nothing is removed.
+        """
+        promoted = self.promoted()
+        kept = keep | {promoted.snapshot} if promoted else keep
+        for folder in self.root.iterdir():
+            if not folder.is_dir() or folder.name in kept or folder.name in self._filling:
+                continue
+            if folder.name.startswith("."):
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                discard_folder(folder)
+
+    def _publish(self, partial: Path, parent: Path, manifest: dict[str, Any]) -> str:
+        data = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        digest = hashlib.sha256(data).hexdigest()
+        write_synced(partial / MANIFEST, data)
+        publish(partial, parent / digest, intact=lambda: self._intact(digest, of=parent))
+        return digest
+
+    def _intact(self, digest: str, *, of: Path) -> bool:
+        try:
+            self.verify(digest, of=of)
+        except SnapshotError:
+            return False
+        return True
+
+    def _point(self, promoted: Promoted, before: list[Promoted]) -> None:
+        body = {**asdict(promoted), "history": [asdict(earlier) for earlier in before[:_HISTORY]]}
+        data = json.dumps(legible(body), sort_keys=True, allow_nan=False).encode() + b"\n"
+        replace_durably(self.root / _POINTER, data)
+
+    @contextmanager
+    def _partial(self, parent: Path) -> Iterator[Path]:
+        name = partial_name()
+        self._filling.add(name)  # before the folder is there: a prune in another thread must not take it for a leftover
+        try:
+            with partial_folder(parent, name) as folder:
+                yield folder
+        finally:
+            self._filling.discard(name)
+
+    def _pointer(self) -> tuple[Promoted | None, list[Promoted]]:
         path = self.root / _POINTER
         try:
             body = json.loads(path.read_bytes())
-            return Promoted(
-                snapshot=body["snapshot"], cycle=body["cycle"], update=body["update"], panel=dict(body["panel"])
-            )
+            return _promoted(body), [_promoted(earlier) for earlier in body.get("history", [])]
         except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return None, []
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise SnapshotError(f"{path}: the pointer to the promoted snapshot cannot be read: {error}") from error
 
-    def prune(self, *, keep: set[str]) -> None:
-        """Remove every snapshot but those, and what a killed writer left."""
-        for folder in self.root.iterdir():
-            if folder.is_dir() and folder.name not in keep:
-                shutil.rmtree(folder, ignore_errors=True)
 
-
-def replace_durably(path: Path, data: bytes) -> None:
-    """Put `data` at `path` whole or not at all, on disk when this returns. Raises DiskError where it cannot."""
-    partial = path.with_name(f".{path.name}.partial")
-    with writing(path):
-        _write_synced(partial, data)
-        partial.replace(path)
-        sync_directory(path.parent)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Whatever the operating system says in here becomes a DiskError that names the file and the way out."""
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a snapshot. Raises SnapshotError where it is missing or is not what the folder's name says."""
+    path = folder / MANIFEST
     try:
-        yield
+        data = path.read_bytes()
     except OSError as error:
-        raise DiskError(
-            f"{path} could not be written: {error.strerror}. Mend that and run the same command again; "
-            f"nothing was lost that had been promoted"
-        ) from error
+        raise SnapshotError(f"{folder}: the snapshot cannot be read: {error.strerror}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != folder.name:
+        if data.startswith(b'{"format":1,'):
+            raise SnapshotError(
+                f"{folder}: the snapshot has format 1, of an earlier version; this one reads format {FORMAT}. "
+                f"Finish the run with the version that began it, or begin another"
+            )
+        raise SnapshotError(f"{folder}: the snapshot is not what its name says; its manifest has digest {found}")
+    return cast(dict[str, Any], json.loads(data))
 
 
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY)
+def _encoded(state: Any) -> AbstractContextManager[Encoded]:
+    return state.held() if isinstance(state, Slot) else nullcontext(encode(state))
+
+
+def _link(source: Path, target: Path) -> None:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        os.link(source, target)
+    except OSError:
+        # Another disk, or one without hard links.
+        _copy(source, target)
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _copy(source: Path, target: Path) -> None:
+    with source.open("rb") as old, target.open("xb") as new:
+        shutil.copyfileobj(old, new, 8 << 20)
+        new.flush()
+        os.fsync(new.fileno())
 
 
-def _digest(blob: bytes, manifest: bytes) -> str:
-    return hashlib.sha256(hashlib.sha256(blob).digest() + hashlib.sha256(manifest).digest()).hexdigest()
-
-
-def _encode(value: Any, tensors: dict[str, Any]) -> Any:
-    """JSON for a state; tensors move to `tensors` and leave their name behind.
-
-    Plain dicts with string keys, lists and scalars stand for themselves; all else is an object with one `$` key.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, dict):
-        # In the order of the keys: a restored optimizer has another order, and equal states have one name.
-        items = [(key, value[key]) for key in sorted(value, key=repr)]
-        if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: _encode(item, tensors) for key, item in items}
-        return {"$items": [[_encode(key, tensors), _encode(item, tensors)] for key, item in items]}
-    if isinstance(value, list):
-        return [_encode(item, tensors) for item in value]
-    if isinstance(value, tuple):
-        return {"$tuple": [_encode(item, tensors) for item in value]}
-    if isinstance(value, bytes):
-        return {"$bytes": value.hex()}
-    return {"$tensor": _put(value, tensors)}
-
-
-def _put(value: Any, tensors: dict[str, Any]) -> str:
-    import torch
-
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"a snapshot cannot hold a {type(value).__name__}; give tensors and JSON values")
-    name = f"t{len(tensors):06d}"
-    # A copy of its own: tied weights share storage, which the file format refuses.
-    tensors[name] = value.detach().to("cpu", copy=True).contiguous()
-    return name
-
-
-def _decode(value: Any, tensors: dict[str, Any]) -> Any:
-    if isinstance(value, list):
-        return [_decode(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    match value:
-        case {"$tensor": name}:
-            return tensors[cast(str, name)]
-        case {"$items": items}:
-            return {_decode(key, tensors): _decode(item, tensors) for key, item in cast(list[Any], items)}
-        case {"$tuple": items}:
-            return tuple(_decode(item, tensors) for item in cast(list[Any], items))
-        case {"$bytes": text}:
-            return bytes.fromhex(cast(str, text))
-        case _:
-            return {key: _decode(item, tensors) for key, item in value.items()}
+def _promoted(body: Mapping[str, Any]) -> Promoted:
+    return Promoted(
+        snapshot=body["snapshot"],
+        cycle=body["cycle"],
+        update=body["update"],
+        panel=dict(decode(body["panel"], [])),
+    )

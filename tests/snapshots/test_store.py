@@ -67,7 +67,7 @@ def test_one_changed_byte_is_noticed(store, name):
     data = bytearray(path.read_bytes())
     data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(SnapshotError, match="not what its name says"):
+    with pytest.raises(SnapshotError, match="not what"):
         store.read(digest)
 
 
@@ -77,7 +77,7 @@ def test_a_missing_snapshot_is_named(store):
 
 
 def test_a_value_that_is_neither_tensor_nor_json_is_refused_before_anything_is_written(store):
-    with pytest.raises(TypeError, match="cannot hold a set"):
+    with pytest.raises(TypeError, match=r"state.model is a set"):
         store.write({"model": {1, 2}})
     assert not store.root.exists()
 
