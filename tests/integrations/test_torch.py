@@ -88,7 +88,7 @@ def test_the_gradient_norm_is_the_one_before_clipping():
     loss = (held.model(torch.ones(8, 4)) * 100).square().mean()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in held.model.parameters()])
-    assert held.readings(loss)["grad_norm"] == float(norm)
+    assert held.readings(loss).values["grad_norm"] == float(norm)
 
 
 def test_an_optimizer_that_somebody_else_steps_raises_and_moves_nothing():

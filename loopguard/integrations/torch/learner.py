@@ -1,33 +1,45 @@
 """Plain PyTorch: a model, its optimizers, and the only door through which they may step.
 
-Covered: every optimizer whose `step` moves the weights, several of them decided together, LR schedules, the RNG of
-Python, NumPy and torch.
+Covered: every optimizer whose `step` moves the weights, several of them decided together, LR schedules, a GradScaler,
+averaged copies of the weights, module buffers, the RNG of Python, NumPy and torch. On an accelerator `device` keeps the
+decision there.
 
-Not covered: optimizers that update inside backward, and frameworks that call `step` themselves.
+Not covered: optimizers that update inside backward, and frameworks that call `step` themselves; for those `veto` stands
+alone. Sparse gradients have no total norm and are refused.
 """
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
+import copy
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from loopguard.controller.learner import Readings, Staged
 from loopguard.errors import UsageError
+from loopguard.integrations.torch.buffers import Buffers
+from loopguard.integrations.torch.device import LatePath
+from loopguard.integrations.torch.digest import sha256
+from loopguard.integrations.torch.optimizers import put_back
+from loopguard.integrations.torch.rng import rng_state, set_rng_state
+from loopguard.integrations.torch.settings import settings
+from loopguard.integrations.torch.steps import Steps
+from loopguard.integrations.torch.witness import Evidence, judge, read
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Mapping, Sequence
 
 
 class TorchLearner:
     """A model in training, its optimizers and schedulers, and the actor that generates data.
 
     A learner lives from `attach` to the end of the process. While it lives an attached optimizer steps through `apply`
-    alone: `optimizer.step()` called by anyone else raises UsageError before a weight moves.
+    or `stage` alone: `optimizer.step()` called by anyone else raises UsageError before a weight moves.
+
+    There are two ways to take an update. `readings`, then `apply` or `discard`: the host has the values before it
+    decides. Where `late` is true, `stage`, then `collect` one update later: the device decides, and the host never
+    waits for it.
     """
 
     def __init__(
@@ -37,94 +49,207 @@ class TorchLearner:
         optimizers: Sequence[torch.optim.Optimizer],
         schedulers: Sequence[Any],
         actor: torch.nn.Module | None,
+        scaler: Any = None,
+        averages: Sequence[Any] = (),
+        late: bool | None = None,
     ) -> None:
         self.model = model
         self.optimizers = tuple(optimizers)
         self.schedulers = tuple(schedulers)
         self.actor = actor
-        self._permitted = False
+        self.scaler = scaler
+        self.averages = tuple(averages)
+        self._steps = Steps(model, optimizers, scaler)
+        self._buffers = Buffers(model)
         self._norm: torch.Tensor | None = None
-        for optimizer in self.optimizers:
-            optimizer.register_step_pre_hook(self._refuse_unless_permitted)
+        self._overflowed = False
+        self._evidence: list[Evidence | None] = []
+        self._trouble = ""
+        self._late_path = self._choose_path(late=late)
 
     @property
     def same_actor(self) -> bool:
         """Whether the weights in training are the ones that generate."""
         return self.actor is None
 
-    def readings(self, loss: Any) -> dict[str, float]:
-        """The loss and the total gradient norm before clipping, as floats. Reads each from its device once."""
-        gradients = [p.grad for p in self._parameters() if p.grad is not None]
-        if not gradients:
-            raise UsageError("no parameter has a gradient: call loss.backward() before cycle.update(loss=loss)")
-        self._norm = get_total_norm(gradients)
-        value = loss.detach().item() if isinstance(loss, torch.Tensor) else loss
-        return {"loss": float(value), "grad_norm": float(self._norm)}
+    @property
+    def late(self) -> bool:
+        """Whether updates are staged on the device and read one update late."""
+        return self._late_path is not None
+
+    def readings(self, loss: Any, extra: Mapping[str, Any] | None = None) -> Readings:
+        """The loss, the total gradient norm before clipping, and what else was reported, as floats.
+
+        The device is waited for once. With a scaler the gradients are unscaled first; give the loss as it was before
+        scaling. Where they do not fit the scaler's format, `overflowed` is true and there is no `grad_norm`: that is
+        the scaler's business, and `apply` lets it take no step. Raises UsageError where there is nothing to apply.
+        """
+        self._overflowed = self._steps.unscale()
+        self._norm = self._steps.norm()
+        values = {"loss": loss} | ({} if self._overflowed else {"grad_norm": self._norm}) | dict(extra or {})
+        numbers = read(values.values())
+        return Readings(dict(zip(values, numbers, strict=True)), overflowed=self._overflowed)
 
     def apply(self, *, clip_norm: float | None) -> None:
-        """Take the step that was decided: clip where asked, step, tick the schedules, zero the gradients."""
+        """Take the step that was decided: clip where asked, step, tick the schedules and averages, zero the gradients.
+
+        On an overflow the scaler takes no step and lowers its scale; schedules and averages do not tick.
+        """
         if clip_norm is not None and self._norm is not None:
-            clip_grads_with_norm_(self._parameters(), clip_norm, self._norm)
-        self._permitted = True
-        try:
-            for optimizer in self.optimizers:
-                optimizer.step()
-        finally:
-            self._permitted = False
-        for scheduler in self.schedulers:
-            scheduler.step()
-        self.discard()
+            self._steps.clip(self._norm, to=clip_norm)
+        self._steps.take()
+        if not self._overflowed:
+            for scheduler in self.schedulers:
+                scheduler.step()
+            for average in self.averages:
+                average.update_parameters(self.model)
+        self._evidence = [veto.evidence for veto in self._steps.vetoes]
+        self._buffers.keep()
+        self._end()
 
     def discard(self) -> None:
-        """Drop the gradients; nothing else moves."""
-        for optimizer in self.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        """Drop the gradients and what the forward pass wrote into the model's buffers; nothing else moves."""
+        self._buffers.put_back()
+        self._end()
+
+    def stage(
+        self,
+        loss: Any,
+        extra: Mapping[str, Any] | None = None,
+        *,
+        limits: Mapping[str, tuple[float | None, float | None]],
+        update: int,
+        latch: bool,
+        clip_norm: float | None,
+    ) -> None:
+        """Decide on the device and step under that decision. See `LatePath.stage`."""
+        path = self._path()
+        path.stage(loss, extra or {}, limits=limits, update=update, latch=latch, clip_norm=clip_norm)
+
+    def collect(self) -> Staged | None:
+        """What became of the update that was staged last; None where nothing is. See `LatePath.collect`."""
+        return self._late_path.collect() if self._late_path is not None else None
+
+    def release(self) -> None:
+        """Let staged updates through again after one of them latched."""
+        if self._late_path is not None:
+            self._late_path.release()
+
+    def trouble(self) -> str:
+        """What shows that a decision was not honoured, in a sentence; the empty string where all of them were.
+
+        It speaks of the update before the one at hand, so that reading the device for it makes nobody wait.
+        """
+        evidence, self._evidence = self._evidence, []
+        found = [judge(one) for one in evidence]
+        if self._late_path is not None:
+            found.append(self._late_path.trouble)
+        self._trouble = self._trouble or next(filter(None, found), "")
+        return self._trouble
+
+    def rng(self) -> dict[str, Any]:
+        """The state of every generator."""
+        return rng_state()
+
+    def set_rng(self, state: dict[str, Any]) -> None:
+        """Go back to such a state."""
+        set_rng_state(state)
+
+    def settings(self) -> dict[str, Any]:
+        """What else decides about the bits of a step, as JSON values."""
+        return settings(self._steps.parameters())
 
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, as tensors and JSON values."""
+        """Everything that a bit-exact continuation needs, as tensors and JSON values.
+
+        The tensors are the living ones: write or copy them before the next update.
+        """
         return {
             "model": dict(self.model.state_dict()),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "buffers": self._buffers.unsaved(),
+            "optimizers": [veto.optimizer.state_dict() for veto in self._steps.vetoes],
             "schedulers": [scheduler.state_dict() for scheduler in self.schedulers],
-            "rng": _rng(),
+            "scaler": self.scaler.state_dict() if self.scaler is not None else None,
+            "averages": [dict(average.state_dict()) for average in self.averages],
+            "rng": rng_state(),
         }
 
     def restore(self, state: dict[str, Any], *, actor_too: bool) -> None:
-        """Go back to a state; the RNG comes last, since loading the rest may draw from it."""
+        """Go back to a state. The RNG comes last, since loading the rest may draw from it.
+
+        Tensors of the optimizers are filled in place where they exist, so that graphs which were captured stay valid.
+        """
+        self._end()
         self.model.load_state_dict(state["model"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-            optimizer.zero_grad(set_to_none=True)
+        self._buffers.load_unsaved(state["buffers"])
+        for veto, saved in zip(self._steps.vetoes, state["optimizers"], strict=True):
+            put_back(veto.optimizer, saved)
+            veto.forget()
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
-            scheduler.load_state_dict(saved)
+            scheduler.load_state_dict(copy.deepcopy(saved))
+        if self.scaler is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        for average, saved in zip(self.averages, state["averages"], strict=True):
+            average.load_state_dict(saved)
         if actor_too and self.actor is not None:
             self.actor.load_state_dict(state["model"])
-        _set_rng(state["rng"])
+        self._buffers.keep()
+        self._evidence, self._trouble = [], ""
+        if self._late_path is not None:
+            self._late_path.forget()
+        set_rng_state(state["rng"])
 
     def digest(self) -> str:
         """SHA-256 over the weights, the buffers and the whole optimizer state."""
-        return _sha256([self.model.state_dict(), *(optimizer.state_dict() for optimizer in self.optimizers)])
+        return sha256([self.model.state_dict(), *(veto.optimizer.state_dict() for veto in self._steps.vetoes)])
 
     def weights_digest(self) -> str:
         """SHA-256 over the weights and buffers in training."""
-        return _sha256([self.model.state_dict()])
+        return sha256([self.model.state_dict()])
 
     def actor_digest(self) -> str:
         """SHA-256 over the weights and buffers that generate."""
-        return _sha256([(self.actor or self.model).state_dict()])
+        return sha256([(self.actor or self.model).state_dict()])
 
-    def _parameters(self) -> list[torch.Tensor]:
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+    def _end(self) -> None:
+        self._steps.drop()
+        self._norm, self._overflowed = None, False
 
-    def _refuse_unless_permitted(self, *_: Any) -> None:
-        if not self._permitted:
-            raise UsageError(
-                "this optimizer is attached to a LoopGuard: call cycle.update(loss=loss) instead of optimizer.step()"
-            )
+    def _path(self) -> LatePath:
+        if self._late_path is None:
+            raise UsageError("this learner decides at once: call readings(), then apply() or discard()")
+        return self._late_path
+
+    def _choose_path(self, *, late: bool | None) -> LatePath | None:
+        parameters = self._steps.parameters()
+        devices = {parameter.device for parameter in parameters}
+        why_not = [
+            *(["a GradScaler counts a withheld update"] if self._steps.scaler is not None else []),
+            *(["averages tick on the host"] if self.averages else []),
+            *(f"{type(v.optimizer).__name__} has no flag" for v in self._steps.vetoes if v.path != "flag"),
+            *(["parameters are on several devices"] if len(devices) > 1 else []),
+        ]
+        if late and why_not:
+            raise UsageError(f"attach(late=True): {why_not[0]}, so updates cannot be decided on the device")
+        wanted = any(device.type != "cpu" for device in devices) if late is None else late
+        return LatePath(self._steps, self.schedulers, self._buffers) if wanted and not why_not else None
 
 
-def learner(*, model: Any, optimizer: Any, scheduler: Any, actor: Any) -> TorchLearner:
-    """Hold these objects. Raises UsageError where they are not what `attach` can guard."""
+def learner(
+    *,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    actor: Any,
+    scaler: Any = None,
+    averages: Any = (),
+    late: bool | None = None,
+) -> TorchLearner:
+    """Hold these objects. `scheduler`, `optimizer` and `averages` may be one or a list.
+
+    `late` decides on the device and reads one update late; left out, it is so where the parameters are on an
+    accelerator and everything here allows it. Raises UsageError where they are not what `attach` can guard.
+    """
     if find_spec("safetensors") is None:
         raise UsageError("attach(...) keeps snapshots as safetensors: pip install 'loopguard[train]'")
     optimizers = _several(optimizer)
@@ -133,60 +258,34 @@ def learner(*, model: Any, optimizer: Any, scheduler: Any, actor: Any) -> TorchL
             raise UsageError(f"attach(optimizer=...) got a {type(one).__name__}; give a torch.optim.Optimizer")
     if not optimizers:
         raise UsageError("attach(model=...) also needs optimizer=..., the one that moves its weights")
+    for one in _several(scheduler):
+        if isinstance(one, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise UsageError(
+                "attach(scheduler=...) got a ReduceLROnPlateau; it needs a metric: tick it where that is known"
+            )
+    for one in _several(averages):
+        if not all(hasattr(one, name) for name in ("update_parameters", "state_dict", "load_state_dict")):
+            raise UsageError(
+                f"attach(averages=...) got a {type(one).__name__}; give an AveragedModel, or what has its methods"
+            )
     if actor is model or actor == "same":
         actor = None
     if actor is not None and not isinstance(actor, torch.nn.Module):
         raise UsageError(f"attach(actor=...) got a {type(actor).__name__}; give the module that generates, or 'same'")
     if actor is not None and actor.state_dict().keys() != model.state_dict().keys():
         raise UsageError("attach(actor=...): the actor has other parameters than the model; it cannot take its weights")
-    return TorchLearner(model=model, optimizers=optimizers, schedulers=_several(scheduler), actor=actor)
+    return TorchLearner(
+        model=model,
+        optimizers=optimizers,
+        schedulers=_several(scheduler),
+        actor=actor,
+        scaler=scaler,
+        averages=_several(averages),
+        late=late,
+    )
 
 
 def _several(value: Any) -> list[Any]:
     if value is None:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _rng() -> dict[str, Any]:
-    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if (numpy := sys.modules.get("numpy")) is not None:
-        kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
-    return state
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    if "numpy" in state:
-        import numpy as np
-
-        np.random.set_state(state["numpy"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    torch.set_rng_state(state["torch"])
-
-
-def _sha256(trees: Iterable[Any]) -> str:
-    digest = hashlib.sha256()
-    for tree in trees:
-        _feed(digest, tree)
-    return digest.hexdigest()
-
-
-def _feed(digest: hashlib._Hash, value: Any) -> None:
-    if isinstance(value, dict):
-        # In the order of the keys: an optimizer that was loaded lists its options in another order than a new one.
-        for key in sorted(value, key=repr):
-            digest.update(repr(key).encode())
-            _feed(digest, value[key])
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _feed(digest, item)
-    elif isinstance(value, torch.Tensor):
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    else:
-        digest.update(repr(value).encode())
