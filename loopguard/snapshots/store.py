@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loopguard.errors import SnapshotError
 from loopguard.snapshots.files import (
     discard_folder,
+    make_directory,
     partial_folder,
     partial_name,
     publish,
@@ -75,18 +76,15 @@ class SnapshotStore:
         if facts is None:
             facts = state.facts if isinstance(state, Slot) else {}
         with _encoded(state) as encoded, writing(parent), self._partial(parent) as partial:
-            manifest = {
-                "format": FORMAT,
-                "facts": legible(facts),
-                "tensors": write_tensors(partial / TENSORS, encoded.tensors),
-                "tree": encoded.tree,
-            }
-            return self._publish(partial, parent, manifest)
+            body = {"tensors": write_tensors(partial / TENSORS, encoded.tensors), "tree": encoded.tree}
+            return self.publish(partial, body, facts)
 
     def read(self, digest: str, *, of: Path | None = None) -> Any:
         """The state of that name. Raises SnapshotError where it is missing or is not what its name says."""
         folder = (of or self.root) / digest
         manifest = read_manifest(folder)
+        if "ranks" in manifest:
+            raise SnapshotError(f"{folder} is a sharded snapshot; load_sharded loads it, on every rank")
         return decode(manifest["tree"], read_tensors(folder / TENSORS, manifest["tensors"]))
 
     def facts(self, digest: str, *, of: Path | None = None) -> dict[str, Any]:
@@ -96,7 +94,8 @@ class SnapshotStore:
     def verify(self, digest: str, *, of: Path | None = None) -> None:
         """Read a snapshot through and load nothing. Raises SnapshotError as `read` does."""
         folder = (of or self.root) / digest
-        verify_file(folder / TENSORS, read_manifest(folder)["tensors"])
+        for name, sha256 in files_of(read_manifest(folder)).items():
+            verify_file(folder / name, sha256)
 
     def link(self, digest: str, into: Path) -> None:
         """Let a snapshot stand in another folder too, without its bytes taking room twice where the disk can do that.
@@ -104,9 +103,12 @@ class SnapshotStore:
         Raises SnapshotError where it is missing, DiskError.
         """
         folder = self.root / digest
-        read_manifest(folder)
+        names = [*files_of(read_manifest(folder)), MANIFEST]
+        if missing := [name for name in names if not (folder / name).is_file()]:
+            raise SnapshotError(f"{folder}: the snapshot lacks {missing[0]}")
         with writing(into), self._partial(into) as partial:
-            for name in (TENSORS, MANIFEST):
+            for name in names:
+                make_directory((partial / name).parent)
                 _link(folder / name, partial / name)
             publish(partial, into / digest, intact=lambda: self._intact(digest, of=into))
 
@@ -154,11 +156,13 @@ class SnapshotStore:
             else:
                 discard_folder(folder)
 
-    def _publish(self, partial: Path, parent: Path, manifest: dict[str, Any]) -> str:
+    def publish(self, partial: Path, body: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
+        """Complete a folder of files with a manifest, give it its name, and give that. Raises OSError."""
+        manifest = {"format": FORMAT, "facts": legible(facts), **body}
         data = json.dumps(manifest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
         digest = hashlib.sha256(data).hexdigest()
         write_synced(partial / MANIFEST, data)
-        publish(partial, parent / digest, intact=lambda: self._intact(digest, of=parent))
+        publish(partial, partial.with_name(digest), intact=lambda: self._intact(digest, of=partial.parent))
         return digest
 
     def _intact(self, digest: str, *, of: Path) -> bool:
@@ -208,7 +212,15 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"Finish the run with the version that began it, or begin another"
             )
         raise SnapshotError(f"{folder}: the snapshot is not what its name says; its manifest has digest {found}")
-    return cast(dict[str, Any], json.loads(data))
+    manifest: dict[str, Any] = json.loads(data)
+    if (number := manifest["format"]) != FORMAT:
+        raise SnapshotError(f"{folder}: the snapshot has format {number}; this version reads format {FORMAT}")
+    return manifest
+
+
+def files_of(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The files that belong to a snapshot beside its manifest, each with its SHA-256."""
+    return dict(manifest["files"]) if "ranks" in manifest else {TENSORS: manifest["tensors"]}
 
 
 def _encoded(state: Any) -> AbstractContextManager[Encoded]:
