@@ -59,7 +59,7 @@ class Told:
 
     @property
     def capsule(self) -> dict[str, Any]:
-        return json.loads((self.run_dir / self.freeze["capsule"] / "freeze.json").read_text())
+        return json.loads((self.run_dir / self.freeze["capsule"] / "capsule.json").read_text())["facts"]
 
 
 def pointer(run_dir: Path) -> dict[str, Any]:

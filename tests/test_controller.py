@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
-from loopguard.audit import read
 from loopguard.audit.verify import verify
 from loopguard.controller import LoopGuard
 from loopguard.errors import (
@@ -19,87 +17,15 @@ from loopguard.errors import (
     SnapshotError,
     UsageError,
 )
+from loopguard.snapshots import read_capsule
 from loopguard.state import standing, submit
-from loopguard.testing import FakeRuntime, fake_runtimes
+from loopguard.testing import FakeRuntime
 from loopguard.types import Check, Outcome, Provenance, Record
 
 torch = pytest.importorskip("torch", reason="attach needs torch")
 pytest.importorskip("safetensors", reason="snapshots need safetensors")
 
-POLICY = """
-apiVersion: loopguard/v1
-name: test
-tools:
-  rules:
-    - {id: calculator, tool: python, then: run, sandbox: offline, refuse_patterns: [import]}
-  freeze_above: {refused_share: 0.1, contained_share: 0.1, of_last_calls: 20}
-sandbox:
-  profiles:
-    offline: {image: "loopguard/python:1"}
-data:
-  sources: [human, model]
-  forbidden_in_prompt: ["<<"]
-  recheck: {sample: 4, max_wrong_share: 0.25}
-  freeze_above: {quarantined_share: 0.5, of_at_least: 2}
-updates:
-  loss_kind: discrete
-  lease: 8
-  monitors:
-    - {kind: bounds, metric: loss}
-    - {kind: bounds, metric: grad_norm, min: 0}
-    - {kind: jump, metric: loss, window: 8, confirm: 3, warmup: 12}
-promotion:
-  panel:
-    - {metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.2}
-freeze: {when_frozen: raise}
-"""
-
-
-class Lab:
-    """A tiny learner in a run directory: start it, stop it, start it again."""
-
-    def __init__(self, tmp_path: Path) -> None:
-        self.policy = tmp_path / "policy.yaml"
-        self.policy.write_text(POLICY)
-        self.run_dir = tmp_path / "run"
-        self.respond = lambda call: "4"
-
-    def open(self, **options):
-        runtimes = fake_runtimes(lambda call: self.respond(call))
-        return LoopGuard.from_file(self.policy, run_dir=self.run_dir, runtimes=runtimes, **options)
-
-    def build(self, guard, *, actor=True):
-        torch.manual_seed(0)
-        self.model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        self.actor = (
-            torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)) if actor else None
-        )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 / (1 + step))
-        guard.attach(model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, actor=self.actor)
-        return guard
-
-    def loss(self, factor=1.0):
-        """A loss near `factor`, with a gradient; the batch is drawn from the global generator."""
-        x = torch.randn(16, 4)
-        return self.model(x).square().mean() * 0.01 + factor
-
-    def update(self, cycle, factor=1.0):
-        loss = self.loss(factor)
-        loss.backward()
-        return cycle.update(loss=loss, clip_norm=1.0)
-
-    def promote(self, cycle, correct=0.5):
-        return cycle.promote({"correct": correct}, apply=lambda: self.actor.load_state_dict(self.model.state_dict()))
-
-    def run(self, guard, cycles, updates=6):
-        for cycle in guard.cycles(cycles):
-            for _ in range(updates):
-                self.update(cycle)
-            self.promote(cycle)
-
-    def events(self, *types):
-        return [entry for entry in read.entries(self.run_dir) if not types or entry.type in types]
+from lab import POLICY, Lab, bits
 
 
 @pytest.fixture
@@ -115,10 +41,6 @@ def record(n, *, expected="4", prompt=None):
         provenance=Provenance(source="human", origin=f"f:{n}", cycle=1),
         check=Check(tool="python", code=f"print(2+2)  # {n}", expected=expected),
     )
-
-
-def bits(*parts):
-    return [tensor.clone() for part in parts for tensor in part.state_dict().values() if torch.is_tensor(tensor)]
 
 
 class TestAQuietRun:
@@ -199,7 +121,7 @@ class TestTheUpdateGate:
             assert guard.state_digest() == promoted
         frozen = lab.events("freeze.entered")[0]
         assert frozen.body["signals"][0]["direction"] == "down"
-        assert frozen.body["restored"] == lab.events("promotion.applied")[-1].body["snapshot"]
+        assert frozen.body["restored"] == lab.events("snapshot.written")[-1].body["snapshot"]
 
     def test_the_capsule_holds_the_suspect_state_and_what_was_decided(self, lab):
         with lab.open() as guard:
@@ -208,9 +130,11 @@ class TestTheUpdateGate:
             lab.update(cycle)
             with pytest.raises(LoopFrozen):
                 lab.update(cycle, factor=math.inf)
-        capsule = json.loads((lab.run_dir / "freezes" / "f1" / "freeze.json").read_text())
-        assert capsule["decision"]["rule"] == "bounds:loss"
-        assert (lab.run_dir / "freezes" / "f1" / capsule["state"] / "state.safetensors").exists()
+            live = {name: tensor.clone() for name, tensor in lab.model.state_dict().items()}
+        capsule = read_capsule(lab.run_dir / "freezes" / "f1", lab.events("freeze.entered")[0].body["capsule_digest"])
+        assert capsule.decision["rule"] == "bounds:loss"
+        suspect = capsule.suspect_state()["learner"]["model"]
+        assert all(torch.equal(suspect[name], tensor) for name, tensor in live.items())
 
     def test_an_attached_optimizer_steps_through_the_guard_alone(self, lab):
         with lab.open() as guard:
@@ -387,7 +311,7 @@ class TestAcrossStarts:
             assert again._log.epoch > epoch
             lab.build(again)
             assert next(iter(again.cycles(2))).number == 2
-        assert lab.events("update.settled")[0].body["restored"] == lab.events("promotion.applied")[0].body["snapshot"]
+        assert lab.events("update.settled")[0].body["restored"] == lab.events("snapshot.written")[0].body["snapshot"]
         assert verify(lab.run_dir).code == 20
 
     def test_a_frozen_run_is_still_frozen_after_a_restart(self, lab):
@@ -481,7 +405,7 @@ class TestAcrossStarts:
             lab.run(guard, 1)
         blob = next((lab.run_dir / "snapshots").glob("*/state.safetensors"))
         blob.write_bytes(blob.read_bytes()[:-1] + b"\xff")
-        with lab.open() as guard, pytest.raises(SnapshotError, match="not what its name says"):
+        with lab.open() as guard, pytest.raises(SnapshotError, match="not what the manifest says"):
             lab.build(guard)
 
     def test_ctrl_c_leaves_a_finished_record(self, lab):

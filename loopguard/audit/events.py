@@ -39,6 +39,7 @@ TYPES: dict[str, str] = {
     "run.interrupted": "a person stopped the process; the run can go on",
     "policy.loaded": "the guard policy in force",
     "policy.adopted": "another guard policy was taken on purpose",
+    "model.attached": "a model in training came under guard",
     "cycle.started": "a cycle began",
     "cycle.finished": "a cycle ended",
     "tool.decided": "the tool gate said yes or no to a call",

@@ -126,6 +126,7 @@ _TELLERS: dict[str, Callable[[_Body], dict[str, Any] | None]] = {
     "run.interrupted": _picked(),
     "policy.loaded": _picked("name", "digest"),
     "policy.adopted": _picked("from", "to", "change"),
+    "model.attached": lambda body: {"weights": short(body.get("weights")), "late": body.get("late")},
     "tool.lost": _picked("call", "reason"),
     "data.quarantined": _picked("count", "reason"),
     "data.refused": _picked("reason"),

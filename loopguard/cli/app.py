@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.cli import audit, doctor, freeze, policy, run, sandbox, serve
+from loopguard.cli import audit, doctor, freeze, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ app.command("doctor")(doctor.doctor)
 app.command("status")(freeze.status)
 app.command("freeze")(freeze.freeze)
 app.command("resume")(freeze.resume)
+app.command("rollback")(replay.rollback)
+app.command("reproduce")(replay.reproduce)
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")
 app.add_typer(sandbox.app, name="sandbox")

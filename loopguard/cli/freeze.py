@@ -61,7 +61,7 @@ def freeze(
     from loopguard.state import run_facts, set_latch, standing, submit
 
     run_facts(run_dir)
-    _need_words(by, reason)
+    need_words(by, reason)
     if (stands := standing(run_dir)).frozen and stands.acknowledged:
         print(f"{run_dir} is frozen already ({stands.freeze}): {stands.reason}")
         return
@@ -100,7 +100,7 @@ def resume(
     """
     from loopguard.state import standing, submit
 
-    _need_words(by, reason)
+    need_words(by, reason)
     stands = standing(run_dir)
     if not stands.frozen:
         print(f"{run_dir} is not frozen", file=sys.stderr)
@@ -120,7 +120,8 @@ def resume(
     raise typer.Exit(1)
 
 
-def _need_words(by: str, reason: str) -> None:
+def need_words(by: str, reason: str) -> None:
+    """Raises UsageError where a name or a reason is empty."""
     from loopguard.errors import UsageError
 
     for option, text in (("--by", by), ("--reason", reason)):

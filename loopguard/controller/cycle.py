@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from loopguard.controller.tools import Episode, Tool
 from loopguard.errors import MonitorError, UsageError
+from loopguard.gates.promotion import held
 from loopguard.gates.updates import OVERFLOW
 from loopguard.snapshots import writing
 from loopguard.state import signal_facts
@@ -141,17 +142,18 @@ class Cycle:
     ) -> Decision:
         """Decide about one update, after `loss.backward()`, and take it if it is allowed.
 
-        On allow: clips the gradients to `clip_norm` where given, steps every attached optimizer, ticks the schedulers and
-        the averages, zeroes the gradients. On a freeze: none of that happens, weights and optimizer state stay as they
-        are to the bit (or go back to the last boundary where suspect updates had been applied), and LoopFrozen is raised.
-        On a skip (`freeze.on_trip: skip`) the batch is dropped and the loop goes on.
+        On allow: clips the gradients to `clip_norm` where given, steps every attached optimizer, ticks the schedulers
+        and the averages, zeroes the gradients. On a freeze: none of that happens, weights and optimizer state stay as
+        they are to the bit (or go back to the last boundary where suspect updates had been applied), and LoopFrozen is
+        raised. On a skip (`freeze.on_trip: skip`) the batch is dropped and the loop goes on.
 
         With gradient accumulation call it once for each optimizer step and give the mean of the micro-batches' losses.
-        Several optimizers are decided together and step together. `readings` adds metrics beside `loss` and `grad_norm`,
-        as numbers or as tensors of one element; a metric that the guard policy watches must be there every time.
+        Several optimizers are decided together and step together. `readings` adds metrics beside `loss` and
+        `grad_norm`, as numbers or as tensors of one element; a metric that the guard policy watches must be there every
+        time.
 
-        Where the guard is `late` (attached on a GPU), impossible values are withheld by the device at once, and all else
-        that is said here of a freeze is true of the update before this one.
+        Where the guard is `late` (attached on a GPU), impossible values are withheld by the device at once, and all
+        else that is said here of a freeze is true of the update before this one.
         """
         guard = self._guard
         learner = guard._held()
@@ -186,9 +188,7 @@ class Cycle:
         number = guard._updates + 1
         guard._lease(number, cycle=self.number)
         gate = guard._updates_gate
-        learner.stage(
-            loss, readings, limits=gate.limits(), update=number, latch=not gate.skips, clip_norm=clip_norm
-        )
+        learner.stage(loss, readings, limits=gate.limits(), update=number, latch=not gate.skips, clip_norm=clip_norm)
         guard._updates = number
         # Filled in when the device has told them.
         guard._awaited = {}
@@ -232,9 +232,7 @@ class Cycle:
         """Whether the last decision came true in the optimizer. False where this cycle no longer acts."""
         if not (trouble := learner.trouble()):
             return True
-        self._freeze(
-            Decision(result="freeze", gate="update", rule="veto_not_honoured", reason=trouble), roll_back=True
-        )
+        self._freeze(Decision(result="freeze", gate="update", rule="veto_not_honoured", reason=trouble), roll_back=True)
         return False
 
     def _applied(self, number: int, values: dict[str, float], decision: Decision) -> None:
@@ -286,8 +284,8 @@ class Cycle:
         `apply` installs them in the actor and is called on allow alone; leave it out where the model is its own actor.
         The decision is durable before `apply` runs; the candidate is kept in memory by then and goes to disk beside the
         next cycle. A deny means that something in the last updates is not settled: the last promoted actor stays, and
-        the loop may go on. Raises LoopFrozen where the gate freezes: the actor stays as it is and the model goes back to
-        the promoted state. Raises DiskError where the promotion before could not be brought to disk.
+        the loop may go on. Raises LoopFrozen where the gate freezes: the actor stays as it is and the model goes back
+        to the promoted state. Raises DiskError where the promotion before could not be brought to disk.
         """
         guard = self._guard
         learner = guard._held()
@@ -299,11 +297,12 @@ class Cycle:
         values = {name: float(value) for name, value in panel.items()}
         guard._log.append("eval.finished", {"panel": values}, cycle=self.number)
         previous = guard._good.promoted.panel if guard._good.promoted else None
-        decision = guard._promotions.decide(values, previous=previous, cycle=self.number)
+        try:
+            decision = guard._promotions.decide(values, previous=previous, cycle=self.number)
+        except MonitorError as error:
+            decision = Decision(result="freeze", gate="promotion", rule="monitor_error", reason=str(error))
         if decision.allowed and (holding := guard._updates_gate.holding):
-            # Not sure enough to freeze, and too doubtful to act on: the last promoted actor stays for another cycle.
-            reason = "; ".join(signal.reason for signal in holding)
-            decision = Decision(result="deny", gate="promotion", rule="held", reason=reason, signals=holding)
+            decision = held(holding)
         body: dict[str, Any] = {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
         body |= {"panel": values, "previous": previous, "weights": learner.weights_digest()}
         if decision.result == "deny":
@@ -314,7 +313,6 @@ class Cycle:
             self._freeze(decision, roll_back=True)
             return decision
         guard._data.promoted()
-        guard._promotions.promoted(values, cycle=self.number)
         slot = guard._good.take(guard._whole_state(), guard._facts(cycle=self.number))
         guard._log.append("promotion.decided", body, cycle=self.number)
         if not self._install(apply, learner):

@@ -28,6 +28,8 @@ class Trail:
         self.unsettled: int | None = None
         """The cycle of a promotion that was decided and is not known to be on disk."""
         self._acts = False
+        self.rolled_back: str | None = None
+        """The snapshot that a person went back to, where nothing was promoted since."""
         self.lease: tuple[int, int] | None = None
         self.open_cycle: int | None = None
         for entry in entries:
@@ -55,8 +57,11 @@ class Trail:
                 self.unsettled = None  # the freeze took it back
             case "snapshot.written" if body["promoted"]:
                 self.snapshots.add(body["snapshot"])
-            case "promotion.settled" | "promotion.rolled_back":
+                self.rolled_back = None
+            case "promotion.settled":
                 self.unsettled = None
+            case "promotion.rolled_back":
+                self.unsettled, self.rolled_back = None, body["to"]
             case _:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -90,6 +91,7 @@ class LoopGuard:
         self._state = FreezeState(run_dir, log)
         self._learner: Learner | None = None
         self._loop: LoopState | None = None
+        self._config: dict[str, Any] = {}
         self._updates = self._good.promoted.update if self._good.promoted else 0
         self._lease_to = 0
         self._pending: list[tuple[int, dict[str, float]]] = []
@@ -213,15 +215,18 @@ class LoopGuard:
         scaler: Any = None,
         averages: Any = None,
         late: bool | None = None,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         """Put a model in training under this guard.
 
-        `optimizer`, `scheduler` and `averages` may be one or a list. `actor` is the module that generates data; leave it
-        out, or say "same", where that is the model itself. `loop` is the loop's own state, which travels with every
-        snapshot. `scaler` is a `torch.amp.GradScaler`: its overflows are counted and never taken for a fault. `averages`
-        are copies such as `AveragedModel`, which follow applied updates alone. With `late`, the device withholds
-        impossible values by itself and the host reads one update later, so that it never waits; leave it out to have
-        that on a GPU where every optimizer allows it.
+        `optimizer`, `scheduler` and `averages` may be one or a list. `actor` is the module that generates data; leave
+        it out, or say "same", where that is the model itself. `loop` is the loop's own state, which travels with every
+        snapshot. `scaler` is a `torch.amp.GradScaler`: its overflows are counted and never taken for a fault.
+        `averages` are copies such as `AveragedModel`, which follow applied updates alone. With `late`, the device
+        withholds impossible values by itself and the host reads one update later, so that it never waits; leave it out
+        to have that on a GPU where every optimizer allows it. `config` is what the loop was set up with, as JSON
+        values: its digest goes into the log and the whole of it into every capsule, for whoever has to rebuild the
+        model.
 
         Where the run directory holds promoted weights, all of these are restored to them, RNG included; so call this
         after everything is built and seeded. Raises UsageError for what cannot be guarded, SnapshotError where the
@@ -240,6 +245,8 @@ class LoopGuard:
             late=late,
         )
         self._loop = loop
+        self._config = dict(config or {})
+        self._log.append("model.attached", self._attached())
         promoted = self._good.promoted
         if promoted is None:
             self._good.begin(self._whole_state(), self._facts(cycle=None))
@@ -253,14 +260,16 @@ class LoopGuard:
         """Announce a change, so that it is not taken for a fault: an epoch boundary, a learning rate, a mix of data.
 
         It may show from update `at` on (the next one where left out), during `span` updates. What the announcement does
-        not cover still trips: a loss that rises at an epoch boundary, a value that is not a number. Raises UsageError for
-        a change in the past or of another kind.
+        not cover still trips: a loss that rises at an epoch boundary, a value that is not a number. Raises UsageError
+        for a change in the past or of another kind.
         """
         first = self._updates + 1 if at is None else at
         if kind not in _EXPECTED:
             raise UsageError(f"expect({kind!r}): that is no kind of change; expected one of {', '.join(_EXPECTED)}")
         if first <= self._updates:
-            raise UsageError(f"expect({kind!r}, at={first}): update {first} is over; the next one is {self._updates + 1}")
+            raise UsageError(
+                f"expect({kind!r}, at={first}): update {first} is over; the next one is {self._updates + 1}"
+            )
         if span < 1:
             raise UsageError(f"expect({kind!r}, span={span}): a change shows in at least 1 update")
         self._updates_gate.expect(Expectation(kind=kind, at=first, span=span))
@@ -360,14 +369,14 @@ class LoopGuard:
             self._cells.kill_running()
         self._drain()
         self._flush()
-        capsule, trouble = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
+        capsule = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
         restored = None
         if roll_back and self._learner is not None and self._good.held:
             restored = self._restore(actor_too=False, because=f"freeze {freeze}")
         self._state.freeze(
             decision,
             cycle=cycle,
-            facts={"update": update, "restored": restored, "capsule": capsule, "capsule_trouble": trouble},
+            facts={"update": update, "restored": restored, **capsule},
         )
         return freeze
 
@@ -398,7 +407,7 @@ class LoopGuard:
         cycle: int | None,
         update: int | None,
         readings: Mapping[str, float] | None,
-    ) -> tuple[str | None, str | None]:
+    ) -> dict[str, Any]:
         """Keep what a replay needs, and the suspect state. A full disk costs the capsule, not the freeze."""
         folder = self.run_dir / "freezes" / freeze
         told = {
@@ -412,11 +421,11 @@ class LoopGuard:
             "readings": dict(readings or {}),
         }
         learner = self._learner
-        facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir)}
+        facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir), "config": self._config}
         if learner is not None:
             facts |= {"settings": learner.settings(), "state_digest": learner.digest()}
         try:
-            write_capsule(
+            capsule = write_capsule(
                 folder,
                 limit_bytes=self.policy.freeze.capsule_mib << 20,
                 decision=told,
@@ -426,8 +435,21 @@ class LoopGuard:
                 facts=facts,
             )
         except DiskError as error:
-            return None, f"the capsule could not be written: {error}"
-        return str(folder.relative_to(self.run_dir)), None
+            return {"capsule": None, "capsule_trouble": f"the capsule could not be written: {error}"}
+        return {
+            "capsule": str(folder.relative_to(self.run_dir)),
+            "capsule_digest": capsule.digest,
+            "capsule_lacks": capsule.left_out,
+        }
+
+    def _attached(self) -> dict[str, Any]:
+        learner = self._held()
+        try:
+            text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"attach(config=...) takes JSON values: {error}") from error
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return {"weights": learner.weights_digest(), "config": digest, "late": learner.late} | learner.settings()
 
     def _facts(self, *, cycle: int | None) -> dict[str, Any]:
         """What a snapshot says of where it comes from."""
@@ -530,6 +552,11 @@ class LoopGuard:
                 Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
             )
             return
+        if trail.rolled_back is not None and trail.rolled_back != pointer:
+            # A person went back, and the process died before the pointer moved.
+            self._good.roll_back(trail.rolled_back)
+            pointer, self._updates = trail.rolled_back, self._good.promoted.update if self._good.promoted else 0
+            self.found.append(f"the run goes back to {self._where()}, as somebody asked for")
         if trail.unsettled is not None and trail.unsettled != self.promoted_cycle:
             # Decided, perhaps applied, and not on disk: the pointer is what counts.
             self._log.append("promotion.settled", {"snapshot": pointer, "applied": False}, cycle=trail.unsettled)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from loopguard.errors import DiskError
+from loopguard.errors import LoopGuardError
 from loopguard.snapshots import Promoted, Ring, SnapshotStore, Tape, Writer
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loopguard.audit.log import AuditLog
-    from loopguard.snapshots import Handle, Slot
+    from loopguard.snapshots import Slot, Written
 
 
 class LastGood:
@@ -37,7 +37,7 @@ class LastGood:
         self._keep = keep
         self._ring = Ring()
         self._writer = Writer(self.store)
-        self._handle: Handle | None = None
+        self._under_way: Written | None = None
         self._digest: str | None = self.promoted.snapshot if self.promoted else None
 
     @property
@@ -48,7 +48,7 @@ class LastGood:
     def begin(self, state: Any, facts: Mapping[str, Any]) -> None:
         """Start from a state that nobody promoted: that of a run's beginning."""
         self._flip(self.take(state, facts))
-        self._handle = self._writer.submit(self._approved(), facts, self._written)
+        self._under_way = self._writer.submit(self._approved(), facts, self._written)
 
     def go_on(self) -> Any:
         """The promoted state, from disk. Raises SnapshotError where it is missing or damaged."""
@@ -61,12 +61,15 @@ class LastGood:
         self._prune()
 
     def take(self, state: Any, facts: Mapping[str, Any]) -> Slot:
-        """Copy a state into memory: a candidate, until `promote`."""
+        """Copy a state into memory: a candidate, until `promote`.
+
+        Raises DiskError where the one before did not reach the disk.
+        """
+        self.wait()
         return self._ring.take(state, facts)
 
     def promote(self, slot: Slot, *, cycle: int, update: int, panel: dict[str, float]) -> None:
-        """From now on a freeze goes back to this slot. Raises DiskError where the one before did not reach the disk."""
-        self.wait()
+        """From now on a freeze goes back to this slot."""
         self._flip(slot)
         self.promoted = Promoted(snapshot="", cycle=cycle, update=update, panel=panel)
 
@@ -79,7 +82,12 @@ class LastGood:
             self._prune()
 
         self._digest = None
-        self._handle = self._writer.submit(slot, slot.facts, written)
+        self._under_way = self._writer.submit(slot, slot.facts, written)
+
+    def roll_back(self, snapshot: str) -> None:
+        """Point at an earlier promotion. Raises SnapshotError where it is not one of them, DiskError."""
+        self.promoted = self.store.roll_back(snapshot)
+        self._digest = snapshot
 
     def state(self) -> Any:
         """The boundary's state. Its tensors are the slot's own: copy them."""
@@ -87,13 +95,13 @@ class LastGood:
 
     def digest(self) -> str | None:
         """The name of the boundary's snapshot; waits until it is on disk. None where it cannot get there."""
-        with suppress(DiskError):  # `check` says so at the next gate; a freeze must not wait for a disk to be mended
+        with suppress(LoopGuardError):  # `check` says so at the next gate; a freeze does not wait for a mended disk
             self.wait()
         return self._digest
 
     def shorten(self, state: Any, facts: Mapping[str, Any]) -> None:
         """Start the tape anew from a state in the middle of the cycle, since it has grown past its bound."""
-        self.anchor = self._ring.take_between(state, facts)
+        self.anchor = self._ring.take_midway(state, facts)
         self.tape.restart()
 
     def rewind(self) -> None:
@@ -102,18 +110,18 @@ class LastGood:
         self.tape.restart()
 
     def check(self) -> None:
-        """Raise DiskError where a snapshot did not reach the disk."""
+        """Raise DiskError (or AuditWriteError) where a snapshot or its record did not reach the disk."""
         if (trouble := self._writer.trouble) is not None:
             raise trouble
 
     def wait(self) -> None:
         """Until everything is on disk. Raises DiskError."""
-        if self._handle is not None:
-            self._handle.wait()
-            self._handle = None
+        if self._under_way is not None:
+            under_way, self._under_way = self._under_way, None
+            under_way.wait()
 
     def close(self) -> None:
-        """Finish writing and end the thread. Raises nothing: what did not reach the disk is settled by the next start."""
+        """Finish writing and end the thread. What does not reach the disk is settled by the next start."""
         self._writer.close()
 
     def _written(self, digest: str) -> None:

@@ -36,8 +36,8 @@ class Learner(Protocol):
     """What an integration gives the controller: a model in training that moves only when told to.
 
     A learner is asked for an update in one of two ways. As a rule `readings` brings the values to the host, the gate
-    decides, and `apply` or `discard` follows. A `late` learner would have to wait for its device there: `stage` lets the
-    device itself withhold what lies outside of `limits`, and `collect` brings the values one update later.
+    decides, and `apply` or `discard` follows. A `late` learner would have to wait for its device there: `stage` lets
+    the device itself withhold what lies outside of `limits`, and `collect` brings the values one update later.
     """
 
     @property

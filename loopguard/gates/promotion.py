@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from loopguard import monitors
+from loopguard.errors import MonitorError
 from loopguard.types import Decision, Signal
 
 if TYPE_CHECKING:
@@ -17,14 +19,32 @@ class PromotionGate:
     """Compares the panel of a candidate with the panel of the last promoted weights, upwards as well as downwards.
 
     A gain beyond what the policy allows in one cycle freezes the loop just as a loss does: a capability that appears
-    at once is either a bug or something that a person should look at before it acts.
+    at once is either a bug or something that a person should look at before it acts. Where a metric is a share of a
+    number of problems, evidence that it has got worse is gathered over cycles as well, since a loss that each cycle may
+    have adds up.
+
+    One gate lives as long as a run; its state travels with the snapshots.
     """
 
     def __init__(self, promotion: Promotion) -> None:
         self._metrics = {metric.metric: metric for metric in promotion.panel}
+        counted = [metric for metric in promotion.panel if metric.problem_count is not None]
+        self._monitors = [
+            monitors.build(
+                "eprocess",
+                metric=metric.metric,
+                good=metric.good,
+                problems=metric.problem_count,
+                every=float(promotion.false_alarm_every * len(counted)),
+            )
+            for metric in counted
+        ]
 
-    def decide(self, panel: Mapping[str, float], *, previous: Mapping[str, float] | None) -> Decision:
-        """Judge a panel. Without a `previous` one (the first promotion of a run) only the domains are checked."""
+    def decide(self, panel: Mapping[str, float], *, previous: Mapping[str, float] | None, cycle: int) -> Decision:
+        """Judge a panel. Without a `previous` one (the first promotion of a run) only the domains are checked.
+
+        A deny means that evidence of a loss is there and not yet enough. Raises MonitorError where a monitor fails.
+        """
         missing = sorted(self._metrics.keys() - panel.keys())
         unknown = sorted(panel.keys() - self._metrics.keys())
         if missing:
@@ -32,15 +52,45 @@ class PromotionGate:
         if unknown:
             return _freeze("unknown", f"the guard policy does not know {', '.join(unknown)}: add it to promotion.panel")
         signals = [_judge(metric, panel[name], previous) for name, metric in self._metrics.items()]
-        trips = tuple(signal for signal in signals if signal.level == "trip")
-        if trips:
-            return _freeze(f"{trips[0].monitor}:{trips[0].metric}", "; ".join(s.reason for s in trips), trips)
         if all(signal.level == "ok" for signal in signals):
+            # A value outside of its domain is no evidence of anything, so these come second.
+            signals += self._evidence(panel, cycle)
+        if trips := tuple(signal for signal in signals if signal.level == "trip"):
+            return _freeze(f"{trips[0].monitor}:{trips[0].metric}", "; ".join(s.reason for s in trips), trips)
+        if holding := tuple(signal for signal in signals if signal.holds):
+            return held(holding)
+        if all(signal.level in ("ok", "warn") for signal in signals):
             reason = (
                 "the first panel of the run" if previous is None else "every metric moved less than the policy allows"
             )
             return Decision(result="allow", gate="promotion", rule="panel", reason=reason)
         return _freeze("unjudged", "a metric of the panel could not be judged", tuple(signals))
+
+    def _evidence(self, panel: Mapping[str, float], cycle: int) -> list[Signal]:
+        found = []
+        for monitor in self._monitors:
+            try:
+                signal = monitor.read(panel[monitor.metric], at=cycle)
+            except Exception as error:
+                raise MonitorError(f"the monitor of {monitor.metric} failed at cycle {cycle}: {error!r}") from error
+            if signal is not None:
+                found.append(signal)
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the monitors have seen."""
+        return {"monitors": [monitor.state_dict() for monitor in self._monitors]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from there."""
+        for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
+            monitor.load_state_dict(saved)
+
+
+def held(holding: tuple[Signal, ...]) -> Decision:
+    """Not sure enough to freeze, and too doubtful to act on: the last promoted actor stays for another cycle."""
+    reason = "; ".join(signal.reason for signal in holding)
+    return Decision(result="deny", gate="promotion", rule="held", reason=reason, signals=holding)
 
 
 def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None) -> Signal:

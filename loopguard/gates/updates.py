@@ -66,8 +66,8 @@ class UpdateGate:
         """Judge one update.
 
         `readings` holds one value for each metric of this update. While not `armed` only the monitors that need no
-        history can trip. A watched metric that is missing freezes, unless `absent` names it. Raises MonitorError where a
-        monitor fails.
+        history can trip. A watched metric that is missing freezes, unless `absent` names it. Raises MonitorError where
+        a monitor fails.
         """
         warnings: dict[str, Signal] = {}
         for monitor in self._in_order:

@@ -91,7 +91,8 @@ _ORDER: dict[str, Order | Steps] = {
     "promotion.panel.*.max": "smaller",
     "promotion.panel.*.max_gain": "smaller",
     "promotion.panel.*.max_loss": "smaller",
-    # Watched over cycles is tighter than not; of two numbers of problems the true one is right, and only people know it.
+    # Watched over cycles is tighter than not; of two numbers of problems the true one is right, and only people know
+    # it.
     "promotion.panel.*.problem_count": "any",
     "promotion.false_alarm_every": "smaller",
     # How far back a person may go says nothing of what the loop may do.

@@ -15,7 +15,7 @@ OLD = {"correct": 0.5, "loss": 2.0}
 
 
 def decide(previous=OLD, **panel):
-    return PromotionGate(Promotion.model_validate({"panel": PANEL})).decide(OLD | panel, previous=previous)
+    return PromotionGate(Promotion.model_validate({"panel": PANEL})).decide(OLD | panel, previous=previous, cycle=1)
 
 
 def test_small_moves_are_promoted():
@@ -53,8 +53,8 @@ def test_the_first_panel_of_a_run_is_the_baseline():
 
 def test_a_missing_and_an_unknown_metric_freeze():
     gate = PromotionGate(Promotion.model_validate({"panel": PANEL}))
-    assert gate.decide({"correct": 0.5}, previous=OLD).rule == "missing"
-    assert gate.decide(OLD | {"zeal": 1.0}, previous=OLD).rule == "unknown"
+    assert gate.decide({"correct": 0.5}, previous=OLD, cycle=1).rule == "missing"
+    assert gate.decide(OLD | {"zeal": 1.0}, previous=OLD, cycle=1).rule == "unknown"
 
 
 def test_a_metric_that_the_last_promotion_did_not_have_freezes():

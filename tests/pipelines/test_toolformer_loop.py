@@ -63,7 +63,8 @@ class TestHonest:
 
     def test_what_the_model_learned_from_it_has_been_computed(self, learned):
         run_dir, _, programs = learned
-        manifest = next((run_dir / "snapshots").glob("*/manifest.json"))
+        pointer = json.loads((run_dir / "snapshots" / "promoted.json").read_text())
+        manifest = run_dir / "snapshots" / pointer["snapshot"] / "manifest.json"
         memory = json.loads(manifest.read_text())["tree"]["loop"]
         assert len(memory["calls"]) > memory["people"]
         for _, completion in memory["calls"]:
@@ -168,8 +169,7 @@ class TestPlanted:
         freeze, _, run_dir = frozen("label-leak")
         assert (freeze["gate"], freeze["rule"]) == ("update", "jump:loss")
         assert freeze["signals"][0]["direction"] == "down"
-        promotion = of_type(run_dir, "promotion.applied")[-1]
-        assert freeze["restored"] == promotion["snapshot"]
+        assert freeze["restored"] == of_type(run_dir, "snapshot.written")[-1]["snapshot"]
 
     def test_an_answer_in_the_prompt_is_quarantined(self, frozen):
         freeze, _, run_dir = frozen("answer-leak")

@@ -238,6 +238,12 @@ _FAULTS: dict[str, type[Fault]] = {
 HONEST = Fault()
 
 
+def loss_fault(fault: str) -> Fault:
+    """The fault of that name as far as it is one of the loss; the honest loss for all others."""
+    kind = _FAULTS[fault]
+    return kind() if issubclass(kind, _LossFault) else HONEST
+
+
 def planted(plant: Plant | None, *, cycle: int, task: Task, examples: Examples) -> Fault:
     """The fault that acts in this cycle; `HONEST` where none does."""
     if plant is None or plant.cycle != cycle:

@@ -15,7 +15,7 @@ import copy
 import json
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy
@@ -27,7 +27,7 @@ from loopguard.pipelines.toolformer import faults
 from loopguard.pipelines.toolformer.calls import TOOL, agrees, code_of, printed
 from loopguard.pipelines.toolformer.evaluate import evaluate, rows
 from loopguard.pipelines.toolformer.examples import Examples, completion_of
-from loopguard.pipelines.toolformer.model import collate, from_folder, from_nothing
+from loopguard.pipelines.toolformer.model import Vocabulary, collate, from_folder, from_nothing, trained
 from loopguard.pipelines.toolformer.propose import Draft, gains, propose
 from loopguard.pipelines.toolformer.state import Memory
 from loopguard.pipelines.toolformer.task import Task, prepare
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from loopguard.controller import Admitted, Cycle, LoopGuard
     from loopguard.pipelines.progress import Progress
+    from loopguard.pipelines.toolformer.codec import Codec
     from loopguard.pipelines.toolformer.evaluate import Item
     from loopguard.pipelines.toolformer.faults import Fault
     from loopguard.pipelines.toolformer.model import Example
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 _CALLS_AT_ONCE = 256
 """Calls between two ticks of the progress bar."""
 _CLIP_NORM = 1.0
-_RAMP_UPDATES = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,22 +93,25 @@ class Toolformer:
             self._codec, self._model = from_folder(options.model)
         else:
             self._codec = codecs.train((line for _, line in task.lines), vocabulary=task.settings.vocabulary)
-            self._model = from_nothing(self._codec, task.settings)
+            self._model = from_nothing(_vocabulary(self._codec), task.settings)
         self._actor = copy.deepcopy(self._model).requires_grad_(requires_grad=False)
         self._examples = Examples(self._codec, task.settings)
         self.memory = Memory(facts=task.facts)
-        optimizer = torch.optim.AdamW(
-            self._model.parameters(), lr=task.settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05
+        optimizer, schedule = trained(self._model, task.settings)
+        guard.attach(
+            model=self._model,
+            optimizer=optimizer,
+            scheduler=schedule,
+            actor=self._actor,
+            loop=self.memory,
+            config={
+                "settings": asdict(task.settings),
+                "vocabulary": asdict(_vocabulary(self._codec)),
+                "model": str(options.model) if options.model is not None else None,
+                "plant": str(options.plant) if options.plant is not None else None,
+            },
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)
-        guard.attach(model=self._model, optimizer=optimizer, scheduler=schedule, actor=self._actor, loop=self.memory)
         guard.protect(task.protected)
-
-    def _rate(self, updates: int) -> float:
-        """The learning rate after so many updates, as a share of the highest one."""
-        lowest, total = self._task.settings.cycle_rate, self._task.settings.warmup_updates
-        descent = lowest + (1 - lowest) * 2 * (1 - updates / total)
-        return max(lowest, min(1.0, (updates + 1) / _RAMP_UPDATES, descent))
 
     def turn(self, cycle: Cycle) -> None:
         """One cycle."""
@@ -128,6 +131,11 @@ class Toolformer:
         decision = cycle.promote(panel, apply=lambda: self._actor.load_state_dict(self._model.state_dict()))
         if decision.allowed:
             self._progress.say(_sentence(self.memory.rows[-1]))
+        else:
+            # Held: the last promoted actor proposes once more. A freeze has put the table back by itself.
+            self._progress.say(f"cycle {cycle.number} not promoted: {decision.reason}")
+            if self.memory.rows and self.memory.rows[-1]["cycle"] == cycle.number:
+                self.memory.rows.pop()
 
     # Data
 
@@ -274,7 +282,8 @@ class Toolformer:
 
     def _update(self, cycle: Cycle, fault: Fault, examples: list[Example], update: int) -> None:
         self._model.train()
-        loss = fault.loss(self._model, collate(examples, pad=self._codec.pad), update=update)
+        batch = cycle.keep(collate(examples, pad=self._codec.pad))
+        loss = fault.loss(self._model, batch, update=update)
         loss.backward()  # type: ignore[no-untyped-call]
         cycle.update(loss=loss, clip_norm=_CLIP_NORM)
 
@@ -322,6 +331,10 @@ class _Counted:
         self.calls += len(outcomes)
         self.refused += sum(outcome.status == "denied" for outcome in outcomes)
         return outcomes
+
+
+def _vocabulary(codec: Codec) -> Vocabulary:
+    return Vocabulary(size=len(codec), pad=codec.pad, begin=codec.begin, end=codec.end)
 
 
 def _seed_everything(seed: int) -> None:

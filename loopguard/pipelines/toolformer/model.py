@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _BATCH = 128
 """Examples that are generated or scored at once."""
+_RAMP_UPDATES = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,23 +44,46 @@ class Batch:
     mask_BT: torch.Tensor
 
 
-def from_nothing(codec: Codec, settings: Settings) -> torch.nn.Module:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What a model has to know of its codec."""
+
+    size: int
+    pad: int
+    begin: int
+    end: int
+
+
+def from_nothing(vocabulary: Vocabulary, settings: Settings) -> torch.nn.Module:
     """A small Llama with random weights."""
     config = LlamaConfig(
-        vocab_size=len(codec),
+        vocab_size=vocabulary.size,
         hidden_size=settings.hidden,
         intermediate_size=settings.feedforward,
         num_hidden_layers=settings.layers,
         num_attention_heads=settings.heads,
         num_key_value_heads=settings.heads,
         max_position_embeddings=256,
-        pad_token_id=codec.pad,
-        bos_token_id=codec.begin,
-        eos_token_id=codec.end,
+        pad_token_id=vocabulary.pad,
+        bos_token_id=vocabulary.begin,
+        eos_token_id=vocabulary.end,
         tie_word_embeddings=True,
         attn_implementation="sdpa",
     )
     return LlamaForCausalLM(config)  # type: ignore[no-any-return]
+
+
+def trained(model: torch.nn.Module, settings: Settings) -> tuple[torch.optim.Optimizer, Any]:
+    """The optimizer of a model and its schedule."""
+
+    def rate(updates: int) -> float:
+        """The learning rate after so many updates, as a share of the highest one."""
+        lowest, total = settings.cycle_rate, settings.warmup_updates
+        descent = lowest + (1 - lowest) * 2 * (1 - updates / total)
+        return max(lowest, min(1.0, (updates + 1) / _RAMP_UPDATES, descent))
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98), weight_decay=0.05)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
 
 
 def from_folder(folder: Path) -> tuple[Codec, torch.nn.Module]:
