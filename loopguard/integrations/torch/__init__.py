@@ -13,6 +13,7 @@ digest      SHA-256 over all of it
 """
 
 from loopguard.integrations.torch.learner import TorchLearner, learner
+from loopguard.integrations.torch.settings import apply_settings
 from loopguard.integrations.torch.veto import Veto
 
-__all__ = ["TorchLearner", "Veto", "learner"]
+__all__ = ["TorchLearner", "Veto", "apply_settings", "learner"]

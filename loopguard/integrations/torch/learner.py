@@ -230,6 +230,7 @@ class TorchLearner:
             *(["parameters are on several devices"] if len(devices) > 1 else []),
         ]
         if late and why_not:
+            self._steps.let_go()
             raise UsageError(f"attach(late=True): {why_not[0]}, so updates cannot be decided on the device")
         wanted = any(device.type != "cpu" for device in devices) if late is None else late
         return LatePath(self._steps, self.schedulers, self._buffers) if wanted and not why_not else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 def settings(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
@@ -27,3 +27,16 @@ def settings(parameters: Iterable[torch.Tensor]) -> dict[str, Any]:
         found["cudnn_benchmark"] = torch.backends.cudnn.benchmark
         found["cudnn_deterministic"] = torch.backends.cudnn.deterministic
     return found
+
+
+def apply_settings(found: Mapping[str, Any]) -> None:
+    """Set what of such settings can be set, for a replay: threads, precision of products, deterministic kernels."""
+    if "threads" in found:
+        torch.set_num_threads(found["threads"])
+    if "matmul" in found:
+        torch.set_float32_matmul_precision(found["matmul"])
+    if "deterministic" in found:
+        torch.use_deterministic_algorithms(found["deterministic"])
+    if "cudnn_deterministic" in found:
+        torch.backends.cudnn.deterministic = found["cudnn_deterministic"]
+        torch.backends.cudnn.benchmark = found["cudnn_benchmark"]

@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from loopguard.errors import UsageError
-from loopguard.integrations.torch.veto import Veto
+from loopguard.integrations.torch.veto import Veto, innermost, refuse_steps_elsewhere
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,8 +26,15 @@ class Steps:
         self.model = model
         self.optimizers = tuple(optimizers)
         self.scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        for optimizer in self.optimizers:
+            refuse_steps_elsewhere(innermost(optimizer))
         self.vetoes = tuple(Veto(optimizer, closed=True) for optimizer in self.optimizers)
         self._unscaled = False
+
+    def let_go(self) -> None:
+        """Take the vetoes away: these optimizers are not guarded after all."""
+        for veto in self.vetoes:
+            veto.remove()
 
     def parameters(self) -> list[torch.Tensor]:
         """What the optimizers hold, in the order of the model.

@@ -10,6 +10,7 @@ training loop: schedules, averages, buffers, gradients. `learner` looks after th
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -33,6 +34,8 @@ STEPS_ELSEWHERE = {
     "LBFGS": "it steps many times in one call, through a closure",
 }
 
+_GUARDED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+
 _ONLY_GRADIENTS = ("torch.distributed.", "torch.nn.parallel.")
 """Modules whose hooks on parameters reduce gradients and move no weights."""
 
@@ -42,6 +45,8 @@ class Veto:
 
     A step is withheld where `withhold` said so for the next one, or as long as `flag` is not zero. A withheld step
     leaves parameters and optimizer state as they are, to the bit; a NaN where a yes or no is expected withholds.
+
+    A closure that `step` is given is called first, so that it may still withhold; then the decision counts.
 
     On the path `flag` the fused kernel is told on the device, so that nobody has to wait for the decision. The tensors
     that tell it keep their addresses: take `flag` before a step is captured in a CUDA graph, and fill it before a
@@ -65,6 +70,9 @@ class Veto:
     def __init__(self, optimizer: torch.optim.Optimizer, *, closed: bool = False) -> None:
         self.optimizer = innermost(optimizer)
         refuse_steps_elsewhere(self.optimizer)
+        if self.optimizer in _GUARDED:
+            raise UsageError(f"this {type(optimizer).__name__} has a veto already; an optimizer has one at a time")
+        _GUARDED.add(self.optimizer)
         self.path: Literal["flag", "wrap"] = "flag" if _has_flag(self.optimizer) else "wrap"
         self.evidence: Evidence | None = None
         """What the last step left behind, for `judge`."""
@@ -73,7 +81,8 @@ class Veto:
         self._flag: torch.Tensor | None = None
         self._once: torch.Tensor | None = None
         self._exact = torch.zeros((), dtype=torch.float32, device=self.device)
-        self._before_us: torch.Tensor | None = None
+        self._scalers: torch.Tensor | None = None
+        self._told = False
         self._fresh: list[tuple[torch.Tensor, dict[str, Any] | None]] = []
         self._inside = False
         self._removed = False
@@ -126,6 +135,7 @@ class Veto:
         for handle in self._handles:
             handle.remove()
         self._removed = True
+        _GUARDED.discard(self.optimizer)
         if self.path == "wrap" and getattr(self.optimizer.step, "__func__", None) is self._wrapper:
             if self._had_own_step:
                 self.optimizer.step = self._inner  # type: ignore[method-assign]
@@ -143,37 +153,20 @@ class Veto:
 
     # Path `flag`: the kernel is told
 
-    def _before_flagged(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _before_flagged(self, optimizer: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         self._refuse_unless_permitted()
+        args, kwargs = _closure_first(args, kwargs, at=1)
         self._witness.before()
-        previous = vars(optimizer).get("found_inf")
-        # Ours is still there where a step raised halfway.
-        self._before_us = previous if previous is not self._exact else None
-        voices = [voice for voice in (self._flag, self._once, self._before_us) if voice is not None]
-        self._fresh = []
-        if voices:
-            self._exact.copy_(_any_of(voices, device=self._exact.device))
-            self._fresh = _without_state(optimizer)
-            optimizer.found_inf = self._exact
-        elif previous is not None:
-            del optimizer.found_inf
+        self._told = self._tell([self._flag, self._once])
+        self._fresh = _without_state(optimizer) if self._told else []
+        return args, kwargs
 
     def _after_flagged(self, optimizer: Any, args: Any, kwargs: Any) -> None:
-        told = vars(optimizer).get("found_inf") is self._exact
-        if told:
-            # Read on the first step alone: the Python side has made buffers that the kernel did not fill.
-            if self._fresh and bool(self._exact):
-                for parameter, state in self._fresh:
-                    _put_state_back(optimizer, parameter, state)
-            if self._before_us is None:
-                del optimizer.found_inf
-            else:
-                optimizer.found_inf = self._before_us
-        self._once = None
-        self.evidence = self._witness.after(withheld=self._copy_of_exact() if told else 0.0)
-
-    def _copy_of_exact(self) -> Number:
-        return self._exact.item() if self._exact.device.type == "cpu" else self._exact.clone()
+        # Read on the first step alone: the Python side has made buffers that the kernel did not fill.
+        if self._fresh and bool(self._exact):
+            for parameter, state in self._fresh:
+                _put_state_back(optimizer, parameter, state)
+        self._end(ran=True)
 
     # Path `wrap`: the body is not called
 
@@ -184,8 +177,9 @@ class Veto:
 
         @functools.wraps(inner)
         def step(_: Any, *args: Any, **kwargs: Any) -> Any:
-            if not enter():
-                return None
+            proceed, args, kwargs = enter(args, kwargs)
+            if not proceed:
+                return _loss(args, kwargs)
             try:
                 return inner(*args, **kwargs)
             finally:
@@ -195,23 +189,23 @@ class Veto:
         # A method, as a schedule that patches `step` later takes it apart and binds it again.
         self.optimizer.step = MethodType(self._wrapper, self.optimizer)  # type: ignore[method-assign]
 
-    def _enter(self) -> bool:
+    def _enter(self, args: Any, kwargs: Any) -> tuple[bool, Any, Any]:
         if self._removed:
-            return True
+            return True, args, kwargs
         self._refuse_unless_permitted()
+        args, kwargs = _closure_first(args, kwargs, at=0)
         self._witness.before()
-        withheld = self._decided()
-        self._once = None
-        if withheld:
-            self.evidence = self._witness.after(withheld=1.0)
-            return False
+        if self._decided():
+            self._end(ran=False)
+            return False, args, kwargs
+        self._told = self._tell([])
         self._inside = True
-        return True
+        return True, args, kwargs
 
     def _leave(self) -> None:
         if self._inside:
             self._inside = False
-            self.evidence = self._witness.after(withheld=0.0)
+            self._end(ran=True)
 
     def _before_wrapped(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         if self._inside:
@@ -229,6 +223,30 @@ class Veto:
         return bool(voices) and bool(_any_of(voices, device=self._exact.device))
 
     # Both paths
+
+    def _tell(self, voices: list[torch.Tensor | None]) -> bool:
+        """Put what is asked for, and what a GradScaler found, where fused kernels look; whether there was anything."""
+        there = vars(self.optimizer).get("found_inf")
+        # Ours is still there where a step raised halfway.
+        self._scalers = there if there is not self._exact else None
+        said = [voice for voice in (*voices, self._scalers) if voice is not None]
+        if said:
+            self._exact.copy_(_any_of(said, device=self._exact.device))
+            self.optimizer.found_inf = self._exact  # type: ignore[attr-defined]
+        elif there is not None:
+            del self.optimizer.found_inf  # type: ignore[attr-defined]
+        return bool(said)
+
+    def _end(self, *, ran: bool) -> None:
+        withheld: Number = 0.0 if ran else 1.0
+        if ran and self._told:
+            withheld = self._exact.item() if self._exact.device.type == "cpu" else self._exact.clone()
+            if self._scalers is None:
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
+            else:
+                self.optimizer.found_inf = self._scalers  # type: ignore[attr-defined]
+        self._once = None
+        self.evidence = self._witness.after(withheld=withheld)
 
     def _refuse_unless_permitted(self) -> None:
         if self._closed and not self._open:
@@ -279,9 +297,8 @@ def _refuse_hook(hook: Any, optimizer: torch.optim.Optimizer, parameter: torch.T
 
 
 def _has_flag(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer) in FUSED_KERNELS_WITH_A_FLAG and bool(
-        getattr(optimizer, "_step_supports_amp_scaling", False)
-    )
+    fused = [getattr(optimizer, "_step_supports_amp_scaling", False), *(g.get("fused") for g in optimizer.param_groups)]
+    return type(optimizer) in FUSED_KERNELS_WITH_A_FLAG and all(fused)
 
 
 def _untraced(function: Callable[..., Any], *, also_below: bool = True) -> Callable[..., Any]:
@@ -293,6 +310,35 @@ def _any_of(voices: list[torch.Tensor], *, device: torch.device) -> torch.Tensor
     """Whether any of them is not zero, as exactly 0.0 or 1.0: a kernel takes a 2 or a NaN for leave to step."""
     said = [(voice != 0).any().to(device, non_blocking=True) for voice in voices]
     return functools.reduce(torch.logical_or, said).to(torch.float32)
+
+
+def _closure_first(args: Any, kwargs: Any, *, at: int) -> tuple[Any, Any]:
+    """Call a step's closure before the step, once, and leave its loss in its place.
+
+    It makes the very gradients that are decided about, so what it says about withholding must be heard.
+    """
+    positional = len(args) > at
+    closure = args[at] if positional else kwargs.get("closure")
+    if not callable(closure) or isinstance(closure, _Loss):
+        return args, kwargs
+    with torch.enable_grad():
+        loss = _Loss(closure())
+    return ((*args[:at], loss, *args[at + 1 :]), kwargs) if positional else (args, {**kwargs, "closure": loss})
+
+
+class _Loss:
+    """A closure that was called already."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __call__(self) -> Any:
+        return self.value
+
+
+def _loss(args: Any, kwargs: Any) -> Any:
+    closure = args[0] if args else kwargs.get("closure")
+    return closure.value if isinstance(closure, _Loss) else None
 
 
 def _without_state(optimizer: torch.optim.Optimizer) -> list[tuple[torch.Tensor, dict[str, Any] | None]]:
