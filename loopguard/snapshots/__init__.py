@@ -3,6 +3,7 @@
     ring      the last states in memory: the approved one, and the candidate
     store     snapshots on disk, named by what is in them
     writer    the thread that brings the one to the other
+    sharded   the same for a state that is spread over ranks
     tape      the batches since the last of them
     capsule   what a freeze leaves for reproduction
     tree      a state as JSON and a list of tensors
@@ -15,6 +16,7 @@ Importing this needs no torch, so that `status`, `freeze` and `resume` answer at
 from loopguard.snapshots.capsule import Capsule, read_capsule, write_capsule
 from loopguard.snapshots.files import replace_durably, sync_directory, writing
 from loopguard.snapshots.ring import Ring, Slot
+from loopguard.snapshots.sharded import load_sharded, save_sharded
 from loopguard.snapshots.store import Promoted, SnapshotStore
 from loopguard.snapshots.tape import Kept, Tape, TapedUpdate
 from loopguard.snapshots.writer import Writer, Written
@@ -30,8 +32,10 @@ __all__ = [
     "TapedUpdate",
     "Writer",
     "Written",
+    "load_sharded",
     "read_capsule",
     "replace_durably",
+    "save_sharded",
     "sync_directory",
     "write_capsule",
     "writing",
