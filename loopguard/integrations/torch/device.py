@@ -123,7 +123,7 @@ class LatePath:
         if withheld:
             for undo in reversed(staged.undo_ticks):
                 undo()
-        found = [judge(_back_from_device(evidence, numbers)) for evidence in staged.evidence]
+        found = [judge(_back_from_device(one, numbers, withheld=withheld)) for one in staged.evidence]
         self.trouble = self.trouble or next(filter(None, found), "")
         return Staged(update=staged.update, values={name: values[name] for name in staged.order}, withheld=withheld)
 
@@ -223,7 +223,9 @@ def _on_device(evidence: Sequence[Evidence | None]) -> list[torch.Tensor]:
     return [number for one in evidence if one for number in one if isinstance(number, torch.Tensor)]
 
 
-def _back_from_device(evidence: Evidence | None, numbers: Iterator[float]) -> Evidence | None:
+def _back_from_device(evidence: Evidence | None, numbers: Iterator[float], *, withheld: bool) -> Evidence | None:
     if evidence is None:
         return None
-    return Evidence(*(next(numbers) if isinstance(number, torch.Tensor) else number for number in evidence))
+    here = Evidence(*(next(numbers) if isinstance(number, torch.Tensor) else number for number in evidence))
+    # What was decided counts, and not what an optimizer was told: somebody may have told it something else.
+    return here._replace(withheld=float(withheld))

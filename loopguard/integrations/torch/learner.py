@@ -103,7 +103,7 @@ class TorchLearner:
                 scheduler.step()
             for average in self.averages:
                 average.update_parameters(self.model)
-        self._evidence = [veto.evidence for veto in self._steps.vetoes]
+        self._evidence = self._steps.evidence()
         self._buffers.keep()
         self._end()
 

@@ -14,6 +14,8 @@ from loopguard.integrations.torch.veto import Veto, innermost, refuse_steps_else
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from loopguard.integrations.torch.witness import Evidence
+
 
 class Steps:
     """The optimizers of one model, which step together or not at all, each behind its own closed veto.
@@ -85,6 +87,11 @@ class Steps:
         if self.scaler is not None:
             self.scaler.update()
             self._unscaled = False
+
+    def evidence(self) -> list[Evidence | None]:
+        """What the steps that were just taken left behind. They were allowed: only a scaler may have withheld one."""
+        left = [veto.evidence for veto in self.vetoes]
+        return left if self.scaler is not None else [one and one._replace(withheld=0.0) for one in left]
 
     def drop(self) -> None:
         """Zero the gradients; a scaler forgets that it saw them, and counts nothing."""
