@@ -83,6 +83,7 @@ class Tape:
         self.limit_bytes = limit_bytes
         self.bytes = 0
         """About what it holds in memory, and would take on disk."""
+        self._rng_bytes = 0
         self._open: list[_Batch] = []
         self._updates: list[_Update] = []
 
@@ -93,7 +94,9 @@ class Tape:
         Raises TypeError, naming the place, where the batch holds something that cannot be written down.
         """
         tree, tensors = encode(batch, at="batch")
-        size = size_of(tensors) + _size(tree) + _size(rng) + _OVERHEAD
+        if not self._rng_bytes:
+            self._rng_bytes = _size(rng)  # the states of a generator have one size
+        size = size_of(tensors) + _size(tree) + self._rng_bytes + _OVERHEAD
         self._open.append(_Batch(Encoded(tree, [_clone(tensor) for tensor in tensors]), rng, size))
         self.bytes += size
 

@@ -17,6 +17,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from loopguard.snapshots.tensors import names_of_dtypes
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -99,6 +101,8 @@ class _Encoder:
             return int(value)
         if isinstance(value, str):
             return str(value)
+        if self._torch is not None and isinstance(value, self._torch.Tensor):
+            return self._tensor(value)
         if isinstance(value, Mapping):
             return self._mapping(value)
         if isinstance(value, list):
@@ -109,8 +113,6 @@ class _Encoder:
             return {"$tuple": self._items(value)}
         if isinstance(value, bytes):
             return {"$bytes": value.hex()}
-        if self._torch is not None and isinstance(value, self._torch.Tensor):
-            return self._tensor(value)
         if self._numpy is not None and isinstance(value, self._numpy.generic | self._numpy.ndarray):
             return self._array(value)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -188,12 +190,10 @@ class _Encoder:
 
 def _unstorable(value: torch.Tensor) -> str:
     """Why a file cannot hold this tensor, or the empty string."""
-    import torch
-
-    from loopguard.snapshots.tensors import names_of_dtypes
-
-    if value.layout != torch.strided or value.is_quantized:
-        return "of another layout" if not value.is_quantized else "that is quantized"
+    if value.is_quantized:
+        return "that is quantized"
+    if value.layout != sys.modules["torch"].strided:
+        return "of another layout"
     if value.is_meta:
         return "without data (on the meta device)"
     return "" if value.dtype in names_of_dtypes() else f"of {value.dtype}"

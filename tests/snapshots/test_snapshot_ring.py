@@ -7,7 +7,7 @@ import torch
 from snapshot_kit import Run, same
 
 from loopguard.errors import SnapshotError
-from loopguard.snapshots import Ring
+from loopguard.snapshots import Ring, Tape
 
 
 def addresses(slot):
@@ -140,3 +140,48 @@ def test_tensors_of_many_kinds_are_copied_bit_for_bit():
         "nan": torch.tensor([float("nan"), -0.0]),
     }
     assert same(Ring().take(mixed, {}).state(), mixed)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+class TestOnAGpu:
+    def test_a_state_is_copied_to_pinned_memory_without_waiting_for_the_device(self):
+        ring, live = Ring(), {"w": torch.zeros(1 << 20, device="cuda"), "step": torch.tensor(3.0)}
+        first = ring.take(live, {})
+        assert [tensor.is_pinned() for tensor in first.encoded().tensors] == [False, True]  # step comes before w
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            slot = ring.take(live, {})
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert same(slot.state(), {"w": torch.zeros(1 << 20), "step": torch.tensor(3.0)})
+
+    def test_an_update_that_is_queued_behind_the_copy_does_not_reach_the_slot(self):
+        """The device is kept busy, so that the copy is still on its way when the update is asked for."""
+        ring, busy = Ring(), torch.randn(2048, 2048, device="cuda")
+        live = torch.zeros(1 << 22, device="cuda")
+        ring.take({"w": live}, {})
+        for _ in range(20):
+            busy = busy @ busy / 2048
+        slot = ring.take({"w": live}, {})
+        live.add_(1)
+        assert slot.state()["w"].eq(0).all()
+        assert live.eq(1).all()
+
+    def test_slots_keep_their_addresses(self):
+        ring, seen = Ring(), []
+        for number in range(4):
+            slot = ring.take({"w": torch.full((100,), float(number), device="cuda")}, {})
+            ring.approve(slot)
+            assert slot.state()["w"].eq(number).all()
+            seen.append(addresses(slot))
+        assert seen[0] == seen[2]
+        assert seen[1] == seen[3]
+
+    def test_a_batch_on_the_tape_is_what_it_was(self):
+        tape, buffer = Tape(limit_bytes=1 << 20), torch.zeros(1000, device="cuda")
+        for number in range(3):
+            buffer.fill_(number)
+            tape.keep(buffer, None)
+            tape.settle(number, {}, clip_norm=None, decision="allow")
+        torch.cuda.synchronize()
+        assert [update.batches[0].batch[0].item() for update in tape.updates()] == [0, 1, 2]
