@@ -53,8 +53,7 @@ class Slot:
         """The same in two parts, once every copy has arrived. Raises SnapshotError where the slot is stale."""
         if self._stale:
             raise SnapshotError(f"the slot of {self.facts} was filled again with a later state")
-        for copy in self._copies:
-            copy.synchronize()
+        _wait_for(self._copies)
         return self._encoded
 
     @property
@@ -94,6 +93,7 @@ class Slot:
         with self._changed:
             self._changed.wait_for(lambda: not self._holders)
             self._stale = True
+        _wait_for(self._copies)  # one that is on its way from another stream must not come after the next
 
 
 class Ring:
@@ -164,6 +164,12 @@ def _empty(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+
+
+def _wait_for(copies: Sequence[Any]) -> None:
+    for copy in copies:
+        if not copy.query():
+            copy.synchronize()
 
 
 def _copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> list[Any]:

@@ -30,6 +30,7 @@ from loopguard.snapshots.files import (
     partial_name,
     publish,
     replace_durably,
+    sync_directory,
     write_synced,
     writing,
 )
@@ -110,6 +111,8 @@ class SnapshotStore:
             for name in names:
                 make_directory((partial / name).parent)
                 _link(folder / name, partial / name)
+            for inner in {(partial / name).parent for name in names} - {partial}:
+                sync_directory(inner)
             publish(partial, into / digest, intact=lambda: self._intact(digest, of=into))
 
     def promote(self, promoted: Promoted) -> None:
@@ -144,17 +147,19 @@ class SnapshotStore:
         """Remove every snapshot but those and the promoted one, and what a killed writer left.
 
         What this store is writing is left alone until it has its name; then it has to be in `keep`, so call this from
-        the thread that writes. Raises SnapshotError where the pointer cannot be read; then nothing is removed.
+        the thread that writes. Raises SnapshotError where the pointer cannot be read; then nothing is removed. Raises
+        DiskError.
         """
         promoted = self.promoted()
         kept = keep | {promoted.snapshot} if promoted else keep
-        for folder in self.root.iterdir():
-            if not folder.is_dir() or folder.name in kept or folder.name in self._filling:
-                continue
-            if folder.name.startswith("."):
-                shutil.rmtree(folder, ignore_errors=True)
-            else:
-                discard_folder(folder)
+        with writing(self.root):
+            for folder in self.root.iterdir():
+                if not folder.is_dir() or folder.name in kept or folder.name in self._filling:
+                    continue
+                if folder.name.startswith("."):
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    discard_folder(folder)
 
     def publish(self, partial: Path, body: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
         """Complete a folder of files with a manifest, give it its name, and give that. Raises OSError."""

@@ -257,9 +257,12 @@ class TestLink:
         assert not (tmp_path / "start" / digest / "manifest.json").samefile(store.root / digest / "manifest.json")
         assert same(store.read(digest, of=tmp_path / "start"), state())
 
-    def test_a_missing_snapshot_is_not_linked(self, store, tmp_path):
-        with pytest.raises(SnapshotError):
-            store.link("0" * 64, tmp_path / "start")
+    def test_a_snapshot_that_is_missing_or_lacks_a_file_is_not_linked(self, store, tmp_path):
+        digest = store.write(state())
+        (store.root / digest / "state.safetensors").unlink()
+        for name, message in (("0" * 64, "No such file"), (digest, "lacks state.safetensors")):
+            with pytest.raises(SnapshotError, match=message):
+                store.link(name, tmp_path / "start")
         assert not (tmp_path / "start").exists()
 
 
