@@ -33,7 +33,7 @@ updates:
   monitors:
     - {kind: bounds, metric: loss}
     - {kind: bounds, metric: grad_norm, min: 0}
-    - {kind: jump, metric: loss, window: 8, confirm: 3, warmup: 12}
+    - {kind: jump, metric: loss, min_change: 0.25}
 promotion:
   panel:
     - {metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.2}

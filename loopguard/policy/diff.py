@@ -183,6 +183,9 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     }
     del said["sandbox"]
     monitors = said["updates"]["monitors"]
+    for monitor, rule in zip(monitors, policy.updates.monitors, strict=True):
+        if "good" in monitor:
+            monitor["good"] = getattr(rule, "better", None)  # the direction that is meant where none was written
     said["updates"]["monitors"] = {f"{monitor['kind']} {monitor['metric']}": monitor for monitor in monitors}
     said["promotion"]["panel"] = {metric["metric"]: metric for metric in said["promotion"]["panel"]}
     # Not to skip at all is the tightest way of skipping.

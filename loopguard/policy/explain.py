@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_you_mean, dotted, nearest, shown
 from loopguard.policy.forbidden import wish
 from loopguard.policy.schema import (
+    MONITOR_KINDS,
     CellLimits,
     Egress,
     EgressPlace,
@@ -106,7 +107,7 @@ def _sentences(detail: ErrorDetails, source: Source) -> Iterator[Placed]:
         for inner, tail in cause.problems:
             yield from _said((*where, *inner), tail, source)
     elif detail["type"] == "union_tag_not_found":
-        yield from _said((*where, "kind"), "is missing: the monitor, bounds or jump", source)
+        yield from _said((*where, "kind"), f"is missing: {MONITOR_KINDS}", source)
     elif detail["type"] == "missing":
         if not _misspelt(where, source):
             yield from _said(where, f"is missing: {_meaning(where)}", source)

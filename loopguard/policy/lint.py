@@ -95,7 +95,7 @@ def _updates(updates: Updates) -> Iterator[Lint]:
     where: Where = ("updates", "monitors")
     if not any(kind == "jump" for kind, _ in watched):
         yield where, "no jump monitor: a loss that leaps or plunges but stays possible goes unseen"
-    if not any(kind == "drift" for kind, _ in watched):
+    if updates.loss_kind != "surrogate" and not any(kind == "drift" for kind, _ in watched):
         yield where, "no drift monitor: a loss that gets worse by a little in each update goes unseen"
     if ("bounds", "grad_norm") not in watched:
         yield where, "no bounds monitor watches grad_norm: a finite loss with a gradient that is not would be applied"

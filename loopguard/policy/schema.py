@@ -390,7 +390,7 @@ class Data(Section):
             yield ("max_own_share",), "is 0, so that nothing of the model is admitted; take 'model' out of data.sources"
 
 
-_KINDS = "the monitor: bounds, jump, drift or variance"
+MONITOR_KINDS = "the monitor: bounds, jump, drift or variance"
 _WATCHED = "what it watches: loss, grad_norm, or a reading that the loop hands in"
 Good = Literal["up", "down", "none"]
 
@@ -398,7 +398,7 @@ Good = Literal["up", "down", "none"]
 class BoundsRule(Section):
     """A metric that must be a finite number inside its domain. Trips at once, so the update is withheld in time."""
 
-    kind: Literal["bounds"] = Field(description=_KINDS)
+    kind: Literal["bounds"] = Field(description=MONITOR_KINDS)
     metric: MetricName = Field(description=_WATCHED)
     min: float | None = None
     max: float | None = None
@@ -428,20 +428,20 @@ class _DirectedRule(Section):
 class JumpRule(_DirectedRule):
     """A metric that must not leave its recent level suddenly."""
 
-    kind: Literal["jump"] = Field(description=_KINDS)
+    kind: Literal["jump"] = Field(description=MONITOR_KINDS)
     min_change: Annotated[float, Field(ge=0, le=1000)] = 0.0
 
 
 class DriftRule(_DirectedRule):
     """A metric that must not get slowly worse."""
 
-    kind: Literal["drift"] = Field(description=_KINDS)
+    kind: Literal["drift"] = Field(description=MONITOR_KINDS)
 
 
 class VarianceRule(Section):
     """A metric whose noise must not blow up."""
 
-    kind: Literal["variance"] = Field(description=_KINDS)
+    kind: Literal["variance"] = Field(description=MONITOR_KINDS)
     metric: MetricName = Field(description=_WATCHED)
 
 

@@ -36,7 +36,7 @@ updates:
   monitors:
     - {kind: bounds, metric: loss}
     - {kind: bounds, metric: grad_norm, min: 0}
-    - {kind: jump, metric: loss, threshold: 6.0, min_change: 0.25, window: 40, confirm: 5, warmup: 64}
+    - {kind: jump, metric: loss, min_change: 0.25}
 promotion:
   panel:
     - {metric: correct, good: up, min: 0, max: 1, max_gain: 1, max_loss: 1}

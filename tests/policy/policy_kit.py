@@ -41,6 +41,7 @@ updates:
     - {kind: bounds, metric: loss}
     - {kind: bounds, metric: grad_norm, min: 0}
     - {kind: jump, metric: loss}
+    - {kind: drift, metric: loss}
 promotion:
   panel:
     - {metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.1}

@@ -49,7 +49,8 @@ DEFAULTS = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| `([^`]*)` \|", PAGE, re.MULTI
         (schema.Profile, "mode runtime privileges cells queue background calls_per_cell"),
         (schema.Data, "overlap_ngram max_own_share"),
         (schema.Updates, "lease"),
-        (schema.JumpRule, "threshold min_change window confirm warmup"),
+        (schema.JumpRule, "min_change"),
+        (schema.Promotion, "false_alarm_every keep_snapshots"),
         (schema.Freeze, "on_trip when_frozen running_calls"),
     ],
 )

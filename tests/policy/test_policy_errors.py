@@ -65,7 +65,7 @@ class TestWhatNoCodeEnforcesYet:
 
     def test_so_is_a_key_of_the_future(self, findings):
         assert findings(("promotion:\n", "audit: {sinks: []}\npromotion:\n")) == [
-            "30:9: audit: no code enforces 'audit.sinks' yet; take it out"
+            "31:9: audit: no code enforces 'audit.sinks' yet; take it out"
         ]
 
     def test_a_key_that_is_enforced_by_now_leaves_the_list(self):
