@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.cli import audit, doctor, freeze, policy, replay, run, sandbox, serve
+from loopguard.cli import audit, doctor, freeze, monitor, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ app.command("rollback")(replay.rollback)
 app.command("reproduce")(replay.reproduce)
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")
+app.add_typer(monitor.app, name="monitor")
 app.add_typer(sandbox.app, name="sandbox")
 
 

@@ -14,8 +14,6 @@ _RATE_WEIGHT = 300.0
 """In readings: how many of the run's own weigh as much as that assumption."""
 _STEEP_WEIGHT = 3.0
 """In peaks: how many of the run's own weigh as much as what is assumed of their heights."""
-_HIGHEST = 2.0
-"""A restless run may raise its limit to so many times the first one; beyond that a real change would pass unseen."""
 
 
 class Chart:
@@ -31,14 +29,9 @@ class Chart:
                                                      steep = 1 / mean height of a peak above `start`
 
     once in `every` readings. Both numbers start from an assumption that makes the limit `first` at an `every` of
-    100,000, and move towards what this run shows: down to `least`, since few peaks tell little about the tail, and up
-    to twice `first`.
+    100,000, and move towards what this run shows. A calm run brings its limit down, as far as `least`, since few peaks
+    tell little about the tail. A restless one does not bring it up: it would buy silence about real changes.
     """
-
-    __slots__ = (
-        "_assumed", "_excess", "_first", "_least", "_peak", "_peaks", "_rate", "_steep",
-        "cap", "every", "limit", "slack", "since", "start", "sum",
-    )  # fmt: skip
 
     def __init__(self, *, slack: float, cap: float, start: float, first: float, least: float, every: float) -> None:
         self.slack = slack
@@ -58,7 +51,7 @@ class Chart:
 
     def take(self, score: float, *, at: int) -> None:
         """Add the score of one reading."""
-        new = self.sum + (score if score < self.cap else self.cap) - self.slack
+        new = self.sum + min(score, self.cap) - self.slack
         if new <= 0.0:
             if self._peak > self.start:
                 self._peaks += 1
@@ -76,7 +69,7 @@ class Chart:
         self._rate = (_RATE * _RATE_WEIGHT + self._peaks) / (_RATE_WEIGHT + seen)
         self._steep = (_STEEP_WEIGHT + self._peaks) / (_STEEP_WEIGHT / self._assumed + self._excess)
         own = self.start + math.log(max(1.0, self._rate * self.every)) / self._steep
-        self.limit = min(_HIGHEST * self._first, max(self._least, own))
+        self.limit = min(self._first, max(self._least, own))
 
     @property
     def once_in(self) -> float:

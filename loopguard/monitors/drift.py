@@ -15,7 +15,7 @@ _RECENT = 6
 """Blocks over which a metric must not be recovering."""
 _EARLIER = 3
 """Blocks before those that there must be at least."""
-_MOVES = 3.0
+_MOVES = 5.0
 """A distance of so many usual moves from block to block is the least that counts."""
 _USABLE = 1e100
 
@@ -27,12 +27,12 @@ class Drift:
     last 20 blocks without the latest six, noise the median of the blocks' own spread (IQR / 1.349), and
 
         reach = max(1.2533 * noise / sqrt(block) * (sqrt(2 ln every) + 1.7),    what chance can do
-                    3 * median |m - m before|,                                 what this metric does anyway
+                    5 * median |m - m before|,                                 what this metric does anyway
                     min_change * |best|)                                       what a person would care about
 
     it trips when the latest two blocks are both worse than `best` by more than `reach` and the latest six are not
-    recovering. sqrt(2 ln every) is where the largest of `every` normal values lies, and 1.7 how far the best of 15 blocks
-    lies on the good side of their level, both in standard errors of a block's median.
+    recovering. sqrt(2 ln every) is where the largest of `every` normal values lies, and 1.7 how far the best of 15
+    blocks lies on the good side of their level, both in standard errors of a block's median.
 
     At the defaults a ramp to 15 % over 400 readings shows after some 150. False alarms: in independent noise less than
     one in `every` readings; readings that follow each other are covered by the second term, and only as far as the run
@@ -46,7 +46,7 @@ class Drift:
     >>> signals = [drift.read(level(at) + noise.gauss(0, 0.05), at=at) for at in range(800)]
     >>> first = next(s for s in signals if s and s.level == "trip")
     >>> first.at, first.since
-    (474, 324)
+    (449, 300)
 
     Source: the rule of thumb of a person who compares this hour with the best hour of the day. Page and Hinkley's test
     (1970) is the classic for this question, but cannot be told that a loss is supposed to fall.
@@ -131,8 +131,9 @@ class Drift:
         )
         return Signal(
             level="trip", monitor="drift", metric=self.metric, value=value, at=at,
-            low=limit if self.good == "up" else None, high=None if self.good == "up" else limit, score=self._sign * score,
-            since=since, direction="down" if self.good == "up" else "up", once_in=self.every, reason=reason,
+            low=limit if self.good == "up" else None, high=None if self.good == "up" else limit,
+            score=self._sign * score, since=since, direction="down" if self.good == "up" else "up",
+            once_in=self.every, reason=reason,
         )  # fmt: skip
 
     def limits(self) -> tuple[float | None, float | None]:

@@ -24,21 +24,22 @@ _HOLDS = 0.5
 class EProcess:
     """Trips when evaluations over a known number of problems say that the model solves fewer of them than before.
 
-    An evaluation solves k of `problems`. Of the eight evaluations before the latest eight (of the first three, at the
-    start) p is the lower confidence bound of their common rate, by Chernoff at 4 / `every`. For each of four lower rates
-    q the likelihood ratio
+    An evaluation solves k of `problems`. From the eight evaluations before the latest eight (at the start, from the
+    first three) comes p, the lower confidence bound of their common rate, by Chernoff at 4 / `every`. For each of
+    four lower rates q, the likelihood ratio
 
         e = (q / p)^k * ((1 - q) / (1 - p))^(problems - k)
 
-    is on average at most 1 as long as the true rate is p or more, whatever it does otherwise. So is the evidence
-    M <- max(1, M) * min(e, every^0.4) no larger on average than the number of evaluations so far, and so is the mean of
-    the four: it reaches `every` no sooner than after `every` evaluations on average. This is a guarantee and no estimate:
-    it needs that the problems are solved independently of each other and that the true rate does not fall. It does not
-    need the rate to stand still; it may rise.
+    is at most 1 on average as long as the true rate is p or more, whatever it does otherwise. The evidence for q is
+    M <- max(1, M) * min(e, every^0.4), and the monitor trips when the mean of the four M reaches `every`.
 
-    At the defaults and with 100 problems, a pass rate of 64 % that falls to 39 % trips at the fourth evaluation or before;
-    5 points less take some 40 evaluations, which are not there before the fall is taken in: `drift` is for those. One bad
-    evaluation is at most 0.4 of what is needed. Gains are no business of this monitor.
+    False alarms: a guarantee, and no estimate. As long as no bound is above the true rate, the first trip comes after
+    `every` evaluations or more on average; and a bound is wrong for one pool of evaluations in `every` / 4. It needs
+    that problems are solved independently of each other and that the true rate does not fall. It may rise.
+
+    With 100 problems a rate of 64 % that falls to 39 % trips at the third or fourth evaluation. A fall that has not
+    shown after eight evaluations is taken in: `drift` is for those. One bad evaluation is at most 0.4 of what is
+    needed. Gains are no business of this monitor.
 
     Prefer `jump` where the number of problems is not known.
 
@@ -49,7 +50,7 @@ class EProcess:
     >>> signals = [passes.read(solved(0.6 if at < 50 else 0.4), at=at) for at in range(60)]
     >>> first = next(s for s in signals if s and s.level == "trip")
     >>> first.at, first.since
-    (53, 50)
+    (54, 50)
 
     Sources: Shin, Ramdas and Rinaldo, E-detectors: a nonparametric framework for sequential change detection (2024);
     Ville, Étude critique de la notion de collectif (1939).
@@ -165,7 +166,7 @@ class EProcess:
         strongest = max(range(len(_WORSE)), key=lambda i: self._evidence[i])
         since = self._since[strongest]
         bound = self._bound if self.good == "up" else 1 - self._bound
-        side, direction = ("below", "down") if self.good == "up" else ("above", "up")
+        side = "below" if self.good == "up" else "above"
         verb = "is" if level == "trip" else "may be"
         reason = (
             f"{self.metric} {verb} {side} the {bound:.3g} that was accepted, since update {since}: "
@@ -173,9 +174,9 @@ class EProcess:
         )
         return Signal(
             level=level, monitor="eprocess", metric=self.metric, value=value, at=at,
-            low=bound if self.good == "up" else None, high=None if self.good == "up" else bound, score=total, since=since,
-            direction="down" if direction == "down" else "up", once_in=math.exp(min(total, 100.0)),
-            holds=level == "warn", reason=reason,
+            low=bound if self.good == "up" else None, high=None if self.good == "up" else bound,
+            score=total, since=since, direction="down" if self.good == "up" else "up",
+            once_in=math.exp(min(total, 100.0)), holds=level == "warn", reason=reason,
         )  # fmt: skip
 
     def _unusable(self, value: float, at: int) -> Signal:

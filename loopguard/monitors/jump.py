@@ -14,8 +14,8 @@ Good = Literal["down", "up", "none"]
 
 _LARGE = {"slack": 3.0, "cap": 7.0, "start": 2.0, "first": 12.0, "least": 12.0}
 """For changes of five noise units and more: a single reading adds 4 at most, so that it takes four that agree."""
-_SMALL = {"slack": 1.25, "cap": 4.0, "start": 2.0, "first": 27.0, "least": 14.0}
-"""For changes of two noise units and more, on the worse side: 12 readings that agree at first, 6 in a calm run."""
+_SMALL = {"slack": 1.25, "cap": 4.0, "start": 2.0, "first": 27.0, "least": 18.0}
+"""For changes of two noise units and more, on the worse side: 12 readings that agree at first, 7 in a calm run."""
 
 _REFIT = 8
 """Readings between two looks at level and noise."""
@@ -62,9 +62,9 @@ class Jump:
     times the width of what was seen lately. `limits` has that as numbers.
 
     False alarms: the limits are set for one in `every` readings, from the run's own sums, and assume that what the run
-    has shown is what it will show. In independent normal noise there was none in 2,000,000 readings. In 199,000 readings
-    of real healthy runs there were nine, at five places: see `docs/monitors.md`, which says what those were. What looks
-    like a jump and is planned, as epochs and learning rates are, has to be announced to `expect`.
+    has shown is what it will show. In independent normal noise there was none in 2,000,000 readings; in 199,000
+    readings of real healthy runs there were nine, and `docs/monitors.md` says what those were. What looks like a jump
+    and is planned, as epochs and learning rates are, has to be announced to `expect`.
 
     Prefer `bounds` for values that are impossible, `drift` for a level that creeps away (the baseline follows it
     here), `variance` for a level that stays while the noise grows, and `eprocess` for a share of problems solved.
@@ -129,6 +129,8 @@ class Jump:
         remember the first noise far too long."""
         self._expected: list[Expectation] = []
         self._due = math.inf
+        self._after = 0
+        """Readings since the span of what was announced was over."""
         self.rebase()
 
     def rebase(self) -> None:
@@ -305,7 +307,9 @@ class Jump:
             if worst.sum > worst.limit and self._matters():
                 return self._trip(worst, value, at)
             return self._warning(worst, value, at) if worst.sum > _HOLDS * worst.limit else None
-        if at >= max(each.at + each.span for each in now) - 1 + _RELEARN:
+        self._after += at >= max(each.at + each.span for each in now)
+        if self._after >= _RELEARN:
+            self._after = 0
             self._expected = [each for each in self._expected if each not in now]
             self._due = self._expected[0].at if self._expected else math.inf
             self._settle()
@@ -371,7 +375,7 @@ class Jump:
         score = (value - self._level) / self._noise
         reason = (
             f"{self.metric} is {value:.4g} where {self._level:.4g} is usual, {abs(score):.0f} times its noise away and "
-            f"outside of {low:.4g} to {'any' if high is None else format(high, '.4g')}, which holds for any single reading"
+            f"outside of {low:.4g} to {'anything' if high is None else f'{high:.4g}'}, the range of any single reading"
         )
         return Signal(
             level="trip", monitor="jump", metric=self.metric, value=value, at=at, low=low, high=high, score=score,
@@ -410,7 +414,7 @@ class Jump:
 
 _KEPT = (
     "seen", "fits", "usual", "fresh", "ready", "full", "quiet",
-    "level", "high", "low", "noise", "least_noise", "width",
+    "level", "high", "low", "noise", "least_noise", "width", "after",
 )  # fmt: skip
 
 

@@ -27,14 +27,14 @@ _USABLE = 1e100
 class Variance:
     """Trips when a metric moves more from reading to reading than it used to, wherever its level is.
 
-    A step is the absolute difference of two readings in a row, which a trend hardly changes. The usual step is, over the
-    last 96 of them, the standard deviation that the median, the upper quartile and the 90 % quantile of the steps and
-    their mean (without the part of a step above three) would have under normal noise, whichever is largest: bursts that
-    belong to a run count as usual. The sum of `min(step / usual, 6) - 1.85` is a winsorised CUSUM (see `Chart`); in a
-    calm run a step is 0.8 usual ones on average, so that it takes about twice the noise to climb. Steps wait beside the
-    baseline while the sum is above 6. A level that jumps is one step, and a single outlier two, which no limit is near.
+    A step is the absolute difference of two readings in a row, which a trend hardly changes. The usual step is, over
+    the last 96 of them, the standard deviation that their median, upper quartile, 90 % quantile or mean (each step no
+    more than three) would have under normal noise, whichever is largest: bursts that belong to a run count as usual.
+    The sum of `min(step / usual, 6) - 1.85` is a winsorised CUSUM (see `Chart`); in a calm run a step is 0.8 usual ones
+    on average, so that it takes more than twice the noise to climb. Steps wait beside the baseline while the sum is
+    above 6. A level that jumps is one step and a single outlier two: no limit is near.
 
-    At the defaults noise that grows sixfold shows after some 25 readings, and threefold noise after some 60. False
+    At the defaults noise that grows sixfold shows after some 20 readings, and threefold noise after some 60. False
     alarms: the limit is set for one in `every` readings from the run's own sums; there were none in 199,000 readings of
     real healthy runs. A metric that mostly stands still, as a reward before learning starts, has no usual step: it is
     judged from when one step in ten is not zero.
@@ -48,7 +48,7 @@ class Variance:
     >>> signals = [variance.read(2.0 + noise.gauss(0, spread(at)), at=at) for at in range(300)]
     >>> first = next(s for s in signals if s and s.level == "trip")
     >>> first.at, first.since
-    (219, 200)
+    (216, 200)
 
     Sources: von Neumann, Distribution of the ratio of the mean square successive difference to the variance (1941), for
     steps instead of deviations; Page, Continuous inspection schemes (1954), for the CUSUM.
@@ -135,7 +135,7 @@ class Variance:
         # Quantiles and mean of |x - y| for independent normal x and y, in standard deviations of x - y.
         usual = max(steps[n // 2] / 0.674, steps[3 * n // 4] / 1.150, steps[9 * n // 10] / 1.645)
         most = 3.0 * usual
-        mean = sum([step if step < most else most for step in steps]) / n / 0.798
+        mean = sum([min(step, most) for step in steps]) / n / 0.798
         self._usual = max(usual, mean, _FLOOR * abs(self._last or 0.0), 1e-12)
         self._quiet = -1.0 if self._chart.sum else _SLACK * self._usual
         self._chart.calibrate(self._seen)
@@ -176,8 +176,9 @@ class Variance:
         )
         reach = _PULL * self._usual
         return Signal(
-            level=level, monitor="variance", metric=self.metric, value=value, at=at, low=last - reach, high=last + reach,
-            score=now / usual, since=chart.since, once_in=chart.once_in, holds=level == "warn", reason=reason,
+            level=level, monitor="variance", metric=self.metric, value=value, at=at, low=last - reach,
+            high=last + reach, score=now / usual, since=chart.since, once_in=chart.once_in, holds=level == "warn",
+            reason=reason,
         )  # fmt: skip
 
     def _unusable(self, value: float, at: int) -> Signal:
