@@ -1,5 +1,7 @@
 """The writer: the disk off the thread that trains, in order, and no trouble lost."""
 
+import os
+import sys
 import threading
 
 import pytest
@@ -117,6 +119,18 @@ def test_a_stale_slot_is_refused_at_once(store):
     ring.take(state(2), {})
     with Writer(store) as writer, pytest.raises(SnapshotError, match="filled again"):
         writer.submit(old, {})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives a thread a priority of its own")
+def test_the_thread_that_trains_goes_first(store):
+    def priority(*_):
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before, seen = priority(), []
+    with Writer(store) as writer:
+        writer.submit(Ring().take(state(1), {}), {}, lambda _: seen.append(priority())).wait()
+    assert seen == [min(before + 10, 19)]
+    assert priority() == before
 
 
 class _Slow(SnapshotStore):
