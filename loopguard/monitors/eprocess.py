@@ -108,7 +108,7 @@ class EProcess:
 
     def _judge(self, value: float, solved: int, at: int) -> Signal | None:
         # The bound may be renewed at any time, as long as this does not depend on what the next evaluation says.
-        if not self._ratios or self._age >= _POOL // 2:
+        if not self._ratios or self._age >= _POOL:
             self._renew()
         self._age += 1
         most = _ONE_AT_MOST * self._limit
@@ -120,6 +120,8 @@ class EProcess:
                 self._since[i] = None
             elif self._since[i] is None:
                 self._since[i] = at
+        if max(self._evidence) < _HOLDS * self._limit:
+            return None
         total = self._total()
         if total < _HOLDS * self._limit:
             return None

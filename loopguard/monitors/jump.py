@@ -267,8 +267,9 @@ class Jump:
         width = max(self._width, ordered[-1] - ordered[0])
         self._reach = max(_OUTER_NOISE * self._noise, _OUTER_LEVEL * abs(level), _OUTER_SPAN * width)
         self._ready = True
-        for chart in self._charts:
-            chart.calibrate(self._seen)
+        if self._fits % 4 == 0:
+            for chart in self._charts:
+                chart.calibrate(self._seen)
 
     def limits(self) -> tuple[float | None, float | None]:
         """The outer limit. None before the first `warmup` readings, and above where `good` is up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import deque
 from statistics import median
 from typing import Any, Literal
@@ -135,7 +136,8 @@ class Variance:
         # Quantiles and mean of |x - y| for independent normal x and y, in standard deviations of x - y.
         usual = max(steps[n // 2] / 0.674, steps[3 * n // 4] / 1.150, steps[9 * n // 10] / 1.645)
         most = 3.0 * usual
-        mean = sum([min(step, most) for step in steps]) / n / 0.798
+        below = bisect_right(steps, most)
+        mean = (sum(steps[:below]) + most * (n - below)) / n / 0.798
         self._usual = max(usual, mean, _FLOOR * abs(self._last or 0.0), 1e-12)
         self._quiet = -1.0 if self._chart.sum else _SLACK * self._usual
         self._chart.calibrate(self._seen)
