@@ -60,6 +60,8 @@ class LatePath:
         self._to_host = _Mailbox(self._device, self._dtype)
         self._arrived = None if self._device.type == "cpu" else torch.get_device_module(self._device).Event()
         self._in_flight: _InFlight | None = None
+        self.anywhere: Callable[[torch.Tensor], torch.Tensor] = lambda withheld: withheld
+        """With several ranks, whether any of them withholds; on the device."""
         self.trouble = ""
         """What shows that a decision was not honoured, in a sentence; else empty."""
 
@@ -88,7 +90,7 @@ class LatePath:
         norm = self._steps.norm()
         values = {"loss": loss, "grad_norm": norm, **extra}
         named, numbers, bad = self._judge(values, limits)
-        withheld = bad | self._latched
+        withheld = self.anywhere(bad | self._latched)
         if latch:
             self._latched.copy_(withheld)
         for veto in self._steps.vetoes:

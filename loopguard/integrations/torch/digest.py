@@ -29,6 +29,7 @@ def _feed(digest: hashlib._Hash, value: Any) -> None:
         for item in value:
             _feed(digest, item)
     elif isinstance(value, torch.Tensor):
+        value = getattr(value, "_local_tensor", value)  # of a sharded tensor what this rank has
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     else:

@@ -22,6 +22,7 @@ from loopguard.integrations.torch.buffers import Buffers
 from loopguard.integrations.torch.device import LatePath
 from loopguard.integrations.torch.digest import sha256
 from loopguard.integrations.torch.optimizers import put_back
+from loopguard.integrations.torch.ranks import TorchPeers, join, withheld_anywhere
 from loopguard.integrations.torch.rng import rng_state, set_rng_state
 from loopguard.integrations.torch.settings import settings
 from loopguard.integrations.torch.steps import Steps
@@ -146,6 +147,28 @@ class TorchLearner:
             found.append(self._late_path.trouble)
         self._trouble = self._trouble or next(filter(None, found), "")
         return self._trouble
+
+    def measure(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """These metrics as floats, before there is a gradient. The device is waited for once."""
+        return dict(zip(values, read(values.values()), strict=True))
+
+    def peers(self) -> TorchPeers | None:
+        """The ranks of the default process group; None where there is one. A collective."""
+        found = join(self)
+        if found is not None and self._late_path is not None:
+            self._late_path.anywhere = withheld_anywhere
+        return found
+
+    def prime(self) -> None:
+        """Give every optimizer its state, by a step that moves weights which are about to be loaded."""
+        for parameter in self._steps.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        for veto in self._steps.vetoes:
+            with veto.opened():
+                veto.optimizer.step()
+            veto.forget()
+        self._steps.zero()
 
     def rng(self) -> dict[str, Any]:
         """The state of every generator."""

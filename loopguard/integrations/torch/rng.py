@@ -16,7 +16,7 @@ def rng_state() -> dict[str, Any]:
         state["cuda"] = torch.cuda.get_rng_state_all()
     if (numpy := sys.modules.get("numpy")) is not None:
         kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = (kind, keys.tolist(), *rest)
+        state["numpy"] = (kind, keys.tobytes(), *rest)  # asked for with every batch, and a list of it takes long
     return state
 
 
@@ -26,7 +26,8 @@ def set_rng_state(state: dict[str, Any]) -> None:
     if "numpy" in state:
         import numpy as np
 
-        np.random.set_state(state["numpy"])
+        kind, keys, *rest = state["numpy"]
+        np.random.set_state((kind, np.frombuffer(keys, dtype=np.uint32), *rest))
     if "cuda" in state:
         torch.cuda.set_rng_state_all(state["cuda"])
     torch.set_rng_state(state["torch"])

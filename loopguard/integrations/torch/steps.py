@@ -32,6 +32,8 @@ class Steps:
             refuse_steps_elsewhere(innermost(optimizer))
         self.vetoes = tuple(Veto(optimizer, closed=True) for optimizer in self.optimizers)
         self._unscaled = False
+        self._ids: list[int] = []
+        self._ordered: list[torch.Tensor] = []
 
     def let_go(self) -> None:
         """Take the vetoes away: these optimizers are not guarded after all."""
@@ -43,9 +45,14 @@ class Steps:
 
         The order decides about the last bit of the norm, and a loop without a guard clips in the model's.
         """
-        held = {id(p): p for veto in self.vetoes for group in veto.optimizer.param_groups for p in group["params"]}
-        ordered = [p for p in self.model.parameters() if held.pop(id(p), None) is not None]
-        return ordered + list(held.values())
+        held = [p for veto in self.vetoes for group in veto.optimizer.param_groups for p in group["params"]]
+        ids = [id(p) for p in held]
+        # Walking through a model takes longer than all that the guard does besides.
+        if ids != self._ids:
+            left = dict(zip(ids, held, strict=True))
+            ordered = [p for p in self.model.parameters() if left.pop(id(p), None) is not None]
+            self._ids, self._ordered = ids, ordered + list(left.values())
+        return self._ordered
 
     def unscale(self) -> bool:
         """Divide the gradients by the scaler's scale, once for each update; whether some do not fit its format."""
@@ -61,7 +68,7 @@ class Steps:
 
     def norm(self) -> torch.Tensor:
         """The total norm of all gradients, still on its device. Raises UsageError where there is none."""
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        gradients = [gradient for p in self.parameters() if (gradient := p.grad) is not None]
         if not gradients:
             raise UsageError("no parameter has a gradient: call loss.backward() before cycle.update(loss=loss)")
         if any(gradient.layout is not torch.strided for gradient in gradients):
