@@ -28,7 +28,8 @@ def codec():
 @pytest.fixture(scope="module")
 def model(codec):
     torch.manual_seed(0)
-    return models.from_nothing(codec, GENERATED)
+    vocabulary = models.Vocabulary(size=len(codec), pad=codec.pad, begin=codec.begin, end=codec.end)
+    return models.from_nothing(vocabulary, GENERATED)
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,10 @@ class TestFiles:
 
     def test_columns_count_characters_not_bytes(self, findings):
         assert findings(("{kind: bounds, metric: loss}", "{metric: 'löß', kind: bnds}")) == [
-            "27:29: updates.monitors[0].kind is 'bnds'; expected one of bounds, jump, drift, variance. Did you mean 'bounds'?"
+            (
+                "27:29: updates.monitors[0].kind is 'bnds'; expected one of bounds, jump, drift, variance. "
+                "Did you mean 'bounds'?"
+            )
         ]
 
 

@@ -5,12 +5,13 @@ Letters in tensor names: B examples, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from loopguard.errors import UsageError
 from loopguard.pipelines.toolformer.codec import Codec
@@ -199,12 +200,9 @@ def _write(
     stops = torch.tensor(sorted(stop))
     rows: list[torch.Tensor] = []
     done = torch.zeros(len(prompts), dtype=torch.bool)
-    cache = None
+    cache = {_cache_word(model): DynamicCache()}  # filled by each call
     for _ in range(length):
-        out = model(
-            input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
-        cache = out.past_key_values
+        out = model(input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=True, **cache)
         chosen = _choose(out.logits[:, -1], temperature, forbid)
         rows.append(torch.where(done, -1, chosen))
         done = done | torch.isin(chosen, stops)
@@ -213,6 +211,12 @@ def _write(
         tokens, positions = chosen[:, None], positions[:, -1:] + 1
         mask = torch.cat([mask, torch.ones_like(tokens)], dim=1)
     return [[token for token in row if token >= 0] for row in torch.stack(rows, dim=1).tolist()]
+
+
+def _cache_word(model: Any) -> str:
+    """What a model calls its cache of keys and values: transformers has another word for it from 5.24 on."""
+    words = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in words else "past_key_values"
 
 
 def _choose(logits_BV: torch.Tensor, temperature: float, forbid: list[int]) -> torch.Tensor:
