@@ -11,7 +11,7 @@ from loopguard.policy.schema import Freeze, Updates
 
 def gate(*, loss_kind="discrete", monitors=None, freeze=None):
     monitors = monitors or [
-        {"kind": "jump", "metric": "loss", "warmup": 45},
+        {"kind": "jump", "metric": "loss"},
         {"kind": "bounds", "metric": "loss"},
         {"kind": "bounds", "metric": "grad_norm", "min": 0.0},
     ]
@@ -48,13 +48,65 @@ def test_a_missing_metric_freezes():
     assert (decision.result, decision.rule) == ("freeze", "missing:grad_norm")
 
 
+def steady(watch, *, until=80):
+    for update in range(1, until):
+        assert decide(watch, 2.0 + update % 5 / 50, update).result == "allow"
+    return watch
+
+
 def test_a_jump_freezes_and_says_that_suspect_updates_were_applied():
-    watch = gate()
-    decisions = [decide(watch, 2.0 + update % 5 / 50, update) for update in range(1, 60)]
-    assert {decision.result for decision in decisions} == {"allow"}
-    frozen = next(d for update in range(60, 70) if (d := decide(watch, 0.5, update)).result == "freeze")
+    watch = steady(gate())
+    frozen = next(d for update in range(80, 100) if (d := decide(watch, 0.5, update)).result == "freeze")
     assert (frozen.rule, frozen.facts["withheld_in_time"]) == ("jump:loss", False)
-    assert (frozen.signals[0].since, frozen.signals[0].at) == (60, 62)
+    [signal] = frozen.signals
+    assert signal.since == 80
+    assert signal.at <= 85
+    assert signal.once_in is not None
+
+
+def test_a_value_beyond_every_measure_is_withheld_in_time():
+    watch = steady(gate())
+    frozen = decide(watch, 500.0, 80)
+    assert (frozen.rule, frozen.facts["withheld_in_time"]) == ("jump:loss", True)
+
+
+def test_while_a_monitor_is_suspicious_nothing_should_be_promoted():
+    """Before it is sure enough to freeze; and a single outlier is forgiven by the next readings."""
+    watch = steady(gate())
+    holding = []
+    for update in range(80, 100):
+        if decide(watch, 0.5, update).result == "freeze":
+            break
+        holding.append(bool(watch.holding))
+    assert any(holding)
+    again = steady(gate())
+    assert decide(again, 0.5, 80).result == "allow"
+    for update in range(81, 100):
+        decide(again, 2.0 + update % 5 / 50, update)
+    assert not again.holding
+
+
+def test_the_limits_for_a_device_hold_what_would_be_withheld_in_time():
+    watch = steady(gate())
+    low, high = watch.limits()["loss"]
+    assert low == -1e-6
+    assert 3 < high < 500
+    assert watch.limits()["grad_norm"] == (0.0, None)
+
+
+def test_one_rate_of_false_alarms_is_shared_by_the_monitors():
+    rules = [
+        {"kind": "bounds", "metric": "loss"},
+        {"kind": "jump", "metric": "loss"},
+        {"kind": "drift", "metric": "loss"},
+    ]
+    watch = gate(monitors=rules)
+    assert [getattr(monitor, "every", None) for monitor in watch._monitors] == [None, 200_000.0, 200_000.0]
+
+
+def test_an_absent_metric_is_only_missed_where_nobody_said_so():
+    watch = gate()
+    assert watch.decide({"loss": 2.0}, update=1, armed=True, absent=("grad_norm",)).result == "allow"
 
 
 def test_an_impossible_value_never_enters_the_statistics():
@@ -69,7 +121,7 @@ def test_an_impossible_value_never_enters_the_statistics():
 def test_a_monitor_that_raises_is_a_monitor_error_with_its_cause(monkeypatch):
     watch = gate()
 
-    def broken(reading, *, armed):
+    def broken(value, *, at, armed):
         raise ZeroDivisionError
 
     monkeypatch.setattr(watch._monitors[0], "read", broken)
@@ -94,6 +146,7 @@ class TestSkip:
 
     def test_a_jump_is_never_skipped(self):
         watch = self.skipping()
-        for update in range(1, 60):
-            decide(watch, 2.0 + update % 5 / 50, update)
-        assert [decide(watch, 0.5, update).result for update in (60, 61, 62)] == ["allow", "allow", "freeze"]
+        steady(watch)
+        results = [decide(watch, 0.5, update).result for update in range(80, 90)]
+        assert "skip" not in results
+        assert "freeze" in results
