@@ -145,13 +145,14 @@ def _write_start(
     if anchor is None:
         left_out["start"] = "no model was attached"
         return None
+    if isinstance(anchor, str) and store is None:
+        raise ValueError("an anchor that is a digest needs the store that it is in")
     try:
         if isinstance(anchor, Slot):
             return SnapshotStore(folder / "start").write(anchor)
-        if store is None:
-            raise TypeError("an anchor that is a digest needs the store that it is in")
+        assert store is not None
         store.link(anchor, folder / "start")
-    except SnapshotError as error:
+    except (SnapshotError, TypeError) as error:
         left_out["start"] = str(error)
         return None
     return anchor

@@ -4,6 +4,8 @@ A state is constant between two updates, so copying it there costs one pass over
 it costs the same. Two slots take turns: one is *approved*, what a rollback goes back to, and is never written over; the
 other takes the next candidate. Approving is flipping a pointer. A third slot holds a state between two boundaries.
 
+Where a state is sharded over ranks each has a ring of its own, with its own part in it; going back needs no other rank.
+
 Not here: the disk (`store`, `writer`), and any decision about when to copy.
 """
 
@@ -12,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loopguard.errors import SnapshotError
 from loopguard.snapshots.tensors import size_of
@@ -24,6 +26,24 @@ if TYPE_CHECKING:
     import torch
 
 
+class Shard(NamedTuple):
+    """One rank's part of a sharded tensor, and how the parts lie."""
+
+    local: torch.Tensor
+    mesh: Any
+    placements: Any
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def whole(self) -> Any:
+        """The sharded tensor again, over the same ranks."""
+        from torch.distributed.tensor import DTensor
+
+        return DTensor.from_local(
+            self.local, self.mesh, self.placements, run_check=False, shape=self.shape, stride=self.stride
+        )
+
+
 class Slot:
     """The state of one moment, until its memory is needed for a later one.
 
@@ -31,10 +51,18 @@ class Slot:
     instead of giving the later state.
     """
 
-    def __init__(self, encoded: Encoded, facts: Mapping[str, Any], *, copies: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        encoded: Encoded,
+        facts: Mapping[str, Any],
+        *,
+        shards: Mapping[str, Shard] | None = None,
+        copies: Sequence[Any] = (),
+    ) -> None:
         self.facts = dict(facts)
         """What the taker said of this state, such as its update and cycle."""
         self._encoded = encoded
+        self._shards = dict(shards or {})
         self._copies = copies
         self._stale = False
         self._holders = 0
@@ -47,10 +75,20 @@ class Slot:
         change the slot. Raises SnapshotError where the slot is stale.
         """
         encoded = self.encoded()
-        return decode(encoded.tree, encoded.tensors)
+        return decode(encoded.tree, encoded.tensors, shards=self.shards())
+
+    def shards(self) -> dict[str, Any]:
+        """Its sharded tensors (DTensor) by their place. Raises SnapshotError where the slot is stale."""
+        self.encoded()
+        return {name: shard.whole() for name, shard in self._shards.items()}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether this is one rank's part of a state: `save_sharded` writes it, on every rank."""
+        return bool(self._shards)
 
     def encoded(self) -> Encoded:
-        """The same in two parts, once every copy has arrived. Raises SnapshotError where the slot is stale."""
+        """The same in two parts, less what is sharded, once every copy has arrived. Raises SnapshotError where stale."""
         if self._stale:
             raise SnapshotError(f"the slot of {self.facts} was filled again with a later state")
         _wait_for(self._copies)
@@ -63,8 +101,8 @@ class Slot:
 
     @property
     def bytes(self) -> int:
-        """The size of its tensors."""
-        return size_of(self._encoded.tensors)
+        """The size of its tensors; of a sharded one, of this rank's part."""
+        return size_of([*self._encoded.tensors, *(shard.local for shard in self._shards.values())])
 
     def hold(self) -> None:
         """Keep its memory from being taken until `release`. Raises SnapshotError where the slot is stale."""
@@ -141,12 +179,19 @@ class _Memory:
         self._tensors: list[torch.Tensor] = []
 
     def fill(self, state: Any, facts: Mapping[str, Any]) -> Slot:
-        live = encode(state)
+        sharded: dict[str, Any] = {}
+        live = encode(state, shards=sharded)
+        sources = [*live.tensors, *(tensor.to_local().detach() for tensor in sharded.values())]
         if self.slot is not None:
             self.slot.retire()
-        self._tensors = self._fitting(live.tensors)
-        copies = _copy(self._tensors, live.tensors)
-        self.slot = Slot(Encoded(live.tree, self._tensors), facts, copies=copies)
+        self._tensors = self._fitting(sources)
+        copies = _copy(self._tensors, sources)
+        count = len(live.tensors)
+        shards = {
+            name: Shard(local, tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride())
+            for (name, tensor), local in zip(sharded.items(), self._tensors[count:], strict=True)
+        }
+        self.slot = Slot(Encoded(live.tree, self._tensors[:count]), facts, shards=shards, copies=copies)
         return self.slot
 
     def _fitting(self, live: Sequence[torch.Tensor]) -> list[torch.Tensor]:

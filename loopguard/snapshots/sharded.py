@@ -18,18 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loopguard.errors import DiskError, SnapshotError
 from loopguard.snapshots.files import (
-    discard_folder,
     make_directory,
     partial_name,
     sync_directory,
     write_synced,
     writing,
 )
+from loopguard.snapshots.ring import Slot
 from loopguard.snapshots.store import SnapshotStore, files_of, read_manifest
 from loopguard.snapshots.tensors import read_tensors, verify_file, write_tensors
 from loopguard.snapshots.tree import Encoded, decode, encode
@@ -38,18 +40,34 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _SHARDS = "shards"
+_TROUBLES = (DiskError, SnapshotError, TypeError)
+"""What is raised as it is on every rank. All else is a RuntimeError there."""
 T = TypeVar("T")
 
 
 def save_sharded(root: Path, state: Any, facts: Mapping[str, Any], group: Any = None) -> str:
-    """Make a state durable that the ranks hold together, and give its digest.
+    """Make a state, or that of a slot, durable that the ranks hold together, and give its digest.
 
-    Raises DiskError where the disk does not take it, TypeError for a state that a snapshot cannot hold.
+    Returns when it is on disk. Raises DiskError where the disk does not take it, TypeError for a state that a snapshot
+    cannot hold, SnapshotError for a stale slot.
     """
+    with state.held() if isinstance(state, Slot) else nullcontext():
+        return _save(root, state, facts, group)
+
+
+def _save(root: Path, state: Any, facts: Mapping[str, Any], group: Any) -> str:
     ranks = _Ranks(group)
     shards: dict[str, Any] = {}
     encoded: list[Encoded] = []
-    ranks.together(lambda: encoded.append(encode(state, shards=shards)))
+
+    def take_apart() -> None:
+        if isinstance(state, Slot):
+            encoded.append(state.encoded())
+            shards.update(state.shards())
+        else:
+            encoded.append(encode(state, shards=shards))
+
+    ranks.together(take_apart)
     folder = root / ranks.from_first(partial_name)
     try:
         ranks.from_first(lambda: _make(folder))
@@ -60,8 +78,8 @@ def save_sharded(root: Path, state: Any, facts: Mapping[str, Any], group: Any = 
         files = {name: sha256 for some in hashes for name, sha256 in some.items()}
         return ranks.from_first(lambda: _publish(root, folder, {"files": files, "ranks": ranks.count}, facts))
     finally:
-        if not ranks.own and folder.exists():
-            discard_folder(folder)
+        if not ranks.own:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_sharded(root: Path, digest: str, into_state: Any, group: Any = None) -> Any:
@@ -111,16 +129,18 @@ class _Ranks:
         """Let every rank act, and give what each came to. What one raises all raise, so that none waits for ever."""
         import torch.distributed as dist
 
-        mine: tuple[T | None, Exception | None]
+        value, trouble, cause = None, None, None
         try:
-            mine = act(), None
-        except (DiskError, SnapshotError, TypeError) as error:
-            mine = None, error
+            value = act()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks must not wait for this one
+            cause = error
+            trouble = (next((kind for kind in _TROUBLES if isinstance(error, kind)), RuntimeError), str(error))
         gathered: list[Any] = [None] * self.count
-        dist.all_gather_object(gathered, mine, group=self._group)
-        for rank, (_, trouble) in enumerate(gathered):
-            if trouble is not None:
-                raise type(trouble)(f"rank {rank}: {trouble}") from mine[1]
+        dist.all_gather_object(gathered, (value, trouble), group=self._group)
+        for rank, (_, told) in enumerate(gathered):
+            if told is not None:
+                kind, text = told
+                raise kind(f"rank {rank}: {text}") from cause
         return [value for value, _ in gathered]
 
     def from_first(self, act: Callable[[], T]) -> T:

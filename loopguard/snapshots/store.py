@@ -229,6 +229,8 @@ def files_of(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _encoded(state: Any) -> AbstractContextManager[Encoded]:
+    if isinstance(state, Slot) and state.sharded:
+        raise TypeError("this slot is one rank's part of a state; use save_sharded, on every rank")
     return state.held() if isinstance(state, Slot) else nullcontext(encode(state))
 
 

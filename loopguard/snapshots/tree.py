@@ -73,7 +73,9 @@ def decode(tree: Any, tensors: Sequence[torch.Tensor], *, shards: Mapping[str, A
 def legible(value: Any) -> Any:
     """JSON for a person to read: plain values as they are, and of anything else its text. Refuses nothing."""
     if isinstance(value, Mapping):
-        return {str(key): legible(item) for key, item in value.items()}
+        items = {str(key): legible(item) for key, item in value.items()}
+        # What looks like one of ours is spelled out, so that `decode` gives it back.
+        return {"$items": [*items.items()]} if any(key.startswith("$") for key in items) else items
     if isinstance(value, list | tuple | set | frozenset):
         return [legible(item) for item in value]
     if value is None or isinstance(value, bool | int | str):
@@ -161,7 +163,7 @@ class _Encoder:
         why = _unstorable(value)
         if why:
             raise TypeError(f"{self._place()} is a tensor {why}; {_KINDS} of plain layout")
-        where = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        where = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.is_conj(), value.is_neg())
         if value.numel() and where in self._seen:
             return {"$tensor": self._seen[where]}
         self._seen[where] = len(self.tensors)

@@ -3,6 +3,7 @@
 save       train, save a snapshot, train on
 load       build anew, load the snapshot, train on
 refused    as save, but rank 1 holds something that a snapshot cannot
+ring       train, copy the state to memory, train on, go back, train on, and save what is in memory
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from loopguard.errors import LoopGuardError
-from loopguard.snapshots.sharded import load_sharded, save_sharded
+from loopguard.snapshots import Ring, SnapshotStore, load_sharded, save_sharded
 
 mode, folder, rank, ranks, *rest = sys.argv[1:]
 rank, ranks = int(rank), int(ranks)
@@ -62,6 +63,38 @@ def digest_of_whole(value):
     return digest.hexdigest()
 
 
+def in_memory(root):
+    ring, addresses = Ring(), []
+    for _ in range(3):
+        slot = ring.take(state(), {})
+        addresses.append([shard.to_local().data_ptr() for shard in slot.shards().values()])
+    ring.approve(slot)
+    first, whole = train(4), digest_of_whole(slot.state())
+    put_back(slot.state())
+    second = train(4)
+    try:
+        SnapshotStore(root).write(slot)
+    except TypeError as error:
+        refused = str(error)
+    after = digest_of_whole(slot.state())
+    loaded = load_sharded(root, save_sharded(root, slot, slot.facts), state())
+    return {
+        "losses": [first, second],
+        "whole": [whole, after, digest_of_whole(loaded)],
+        "in_place": addresses[0] == addresses[1] == addresses[2] and len(set(addresses[0])) > 8,
+        "refused": refused,
+    }
+
+
+def put_back(kept):
+    model.load_state_dict(kept["model"])
+    moments = {
+        key: {name: value.clone() for name, value in of.items()} for key, of in kept["optimizer"]["state"].items()
+    }
+    optimizer.load_state_dict({**kept["optimizer"], "state": moments})
+    torch.set_rng_state(kept["rng"])
+
+
 def main():
     root = Path(folder) / "snapshots"
     train(3)
@@ -70,6 +103,8 @@ def main():
         return {"digest": digest, "whole": digest_of_whole(state()), "losses": train(4)}
     if mode == "refused":
         save_sharded(root, {**state(), "odd": {1} if rank == 1 else 1}, {})
+    if mode == "ring":
+        return in_memory(root)
     loaded = load_sharded(root, rest[0], state())
     whole = digest_of_whole(loaded)
     optimizer.load_state_dict(loaded["optimizer"])

@@ -77,6 +77,15 @@ def test_one_rank_loads_what_two_have_saved(saved):
     assert alone["of"] == 0
 
 
+def test_each_rank_keeps_its_part_in_memory_and_goes_back_to_it_bit_for_bit(tmp_path):
+    """And what is in memory can be saved, long after the weights have moved on."""
+    for one in ranks("ring", tmp_path, 2):
+        assert one["losses"][0] == one["losses"][1]
+        assert len(set(one["whole"])) == 1
+        assert one["in_place"]
+        assert "use save_sharded" in one["refused"]
+
+
 def test_what_one_rank_cannot_save_no_rank_waits_for(tmp_path):
     results = ranks("refused", tmp_path, 2)
     assert [one["error"][:40] for one in results] == ["TypeError: rank 1: state.odd is a set; a"] * 2

@@ -107,3 +107,13 @@ def test_what_cannot_be_written_is_refused_with_its_place(state, message):
 def test_legible_json_refuses_nothing_and_stays_strict():
     text = json.dumps(legible({1: {2}, "n": math.nan, "d": torch.device("cpu")}), allow_nan=False)
     assert json.loads(text) == {"1": [2], "n": {"$float": "nan"}, "d": "cpu"}
+
+
+def test_legible_json_can_hold_keys_that_look_like_ours():
+    facts = {"config": {"$tensor": 3, "n": 1}, "$items": "x"}
+    assert decode(json.loads(json.dumps(legible(facts))), []) == facts
+
+
+def test_a_conjugated_view_is_not_taken_for_the_tensor_itself():
+    value = torch.tensor([1 + 2j], dtype=torch.complex64)
+    assert len(encode([value, value.conj()]).tensors) == 2
