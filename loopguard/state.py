@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loopguard.audit import read
 from loopguard.errors import LoopFrozen, UsageError
-from loopguard.snapshots import replace_durably, sync_directory
+from loopguard.snapshots import replace_durably, sync_directory, writing
+from loopguard.snapshots.files import write_synced
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,6 +35,7 @@ CONTROLLER = "controller"
 RequestKind = Literal["freeze", "resume", "note"]
 _TURNS = ("freeze.entered", "resume.applied")
 _NEXT = ("resume (rolls back and goes on)", "read the report")
+_UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,16 +75,24 @@ class FreezeState:
     One state lives as long as the process that owns the run, and survives it: it is read back from the latch and from
     the audit log. `freeze` stops updates, admission and promotion; only `resume`, with a name and a reason, lets them
     go on.
+
+    Of several ranks, one owns the run. The others hold a state that `follows`: it says of a freeze what the owner says,
+    records it in the stream of its own rank, and leaves the cache, the requests and the removal of the latch to it.
     """
 
-    def __init__(self, run_dir: Path, log: AuditLog) -> None:
+    def __init__(self, run_dir: Path, log: AuditLog, *, follows: str | None = None) -> None:
         self._dir = run_dir
         self._log = log
         self._latch = run_dir / "latch"
+        self._follows = follows
+        """The stream of a rank that does not own the run."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
         self._count = sum(entry.type == "freeze.entered" for entry in turns)
         self._freeze, self._reason = _told(turns[-1] if turns else None)
-        if self._latch.exists():
+        if follows is not None:
+            # The owner may be about to settle what is there: it tells in `follow`.
+            self._freeze, self._reason = None, ""
+        elif self._latch.exists():
             self._adopt_latch(turns[-1] if turns else None)
         elif contradiction := _contradiction(run_dir):
             self._enter(rule="cache", gate="audit", reason=contradiction)
@@ -101,6 +111,28 @@ class FreezeState:
     def reason(self) -> str:
         """Why it is frozen, in one sentence, or the empty string."""
         return self._reason
+
+    @property
+    def count(self) -> int:
+        """How many freezes this run has had, so that all ranks give the next one the same id."""
+        return self._count
+
+    def follow(self, *, count: int, freeze: str, reason: str) -> None:
+        """Take over where the owner of the run stands, and bring the own stream up to it."""
+        self._count, self._freeze, self._reason = count, freeze or None, reason
+        turns = list(read.entries(self._dir, self._stream, types=_TURNS))
+        told, _ = _told(turns[-1] if turns else None)
+        if told is not None and told != self._freeze:
+            # It was resumed while this rank was not there.
+            resumes = [
+                entry
+                for entry in read.entries(self._dir, CONTROLLER, types=("resume.applied",))
+                if entry.body["freeze"] == told
+            ]
+            body = dict(resumes[-1].body) if resumes else {"freeze": told, "by": "loopguard", "reason": _UNKNOWN_RESUME}
+            self._log.append("resume.applied", body, actor=resumes[-1].actor if resumes else None)
+        if self._freeze is not None and told != self._freeze:
+            self._log.append("freeze.entered", self._told_of(gate="operator", rule="rank 0", reason=reason))
 
     def raise_if_frozen(self) -> None:
         """Raise LoopFrozen where the loop may not go on."""
@@ -134,7 +166,8 @@ class FreezeState:
         ended = self._freeze or ""
         body = {"freeze": ended, "by": by, "reason": reason, "disposition": "rollback"}
         self._log.append("resume.applied", body, actor={"kind": "person", "id": by})
-        self._unlatch()
+        if self._follows is None:
+            self._unlatch()
         self._freeze, self._reason = None, ""
         self.remember(cycle=None)
         return ended
@@ -156,6 +189,8 @@ class FreezeState:
         """Whether somebody outside asked for something, or set the latch: a look that costs next to nothing."""
         if self._freeze is None and self._latch.exists():
             return True
+        if self._follows is not None:
+            return False
         try:
             with os.scandir(self._dir / "requests") as entries:
                 return any(entry.name.endswith(".json") for entry in entries)
@@ -188,6 +223,8 @@ class FreezeState:
 
     def remember(self, *, cycle: int | None) -> None:
         """Write the cache from which `status` answers: where the log stood, and what it said."""
+        if self._follows is not None:
+            return
         self._log.sync()  # the cache must not name a record that a power cut could take back
         path = self._dir / "state.json"
         if cycle is None:
@@ -228,8 +265,16 @@ class FreezeState:
         facts: Mapping[str, Any] | None = None,
     ) -> str:
         freeze = self.latch(reason)
-        body: dict[str, Any] = {"freeze": freeze, "gate": gate, "rule": rule, "reason": reason}
-        body |= {
+        # All ranks give the reason that they agreed on, which is more than the one who latched knew.
+        self._reason = reason
+        body = self._told_of(gate=gate, rule=rule, reason=reason)
+        self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
+        self.remember(cycle=None)
+        return freeze
+
+    def _told_of(self, *, gate: str, rule: str, reason: str) -> dict[str, Any]:
+        body: dict[str, Any] = {"freeze": self._freeze, "gate": gate, "rule": rule, "reason": reason}
+        return body | {
             "epoch": self._log.epoch,
             "signals": [],
             "update": None,
@@ -237,9 +282,10 @@ class FreezeState:
             "capsule": None,
             "next": list(_NEXT),
         }
-        self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
-        self.remember(cycle=None)
-        return freeze
+
+    @property
+    def _stream(self) -> str:
+        return self._follows or CONTROLLER
 
 
 def signal_facts(signal: Signal) -> dict[str, Any]:
@@ -262,11 +308,19 @@ def signal_facts(signal: Signal) -> dict[str, Any]:
 
 
 def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
-    """Freeze a run directory by its latch alone. Anyone may; a latch that is there already stays as it is."""
+    """Freeze a run directory by its latch alone. Anyone may; a latch that is there already stays as it is.
+
+    It appears whole or not at all, also where several processes set it at once. Raises DiskError.
+    """
     latch = run_dir / "latch"
-    if not latch.exists():
-        body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
-        replace_durably(latch, json.dumps(body, sort_keys=True).encode() + b"\n")
+    if latch.exists():
+        return
+    body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+    partial = run_dir / f".latch-{uuid.uuid4().hex}"
+    with writing(latch):
+        write_synced(partial, json.dumps(body, sort_keys=True).encode() + b"\n")
+        partial.rename(latch)
+        sync_directory(run_dir)
 
 
 def submit(run_dir: Path, kind: RequestKind, *, by: str, reason: str, freeze: str | None = None) -> Request:

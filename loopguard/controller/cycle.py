@@ -9,19 +9,21 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loopguard.controller.ranks import QUIET
 from loopguard.controller.tools import Episode, Tool
 from loopguard.errors import MonitorError, UsageError
 from loopguard.gates.promotion import held
 from loopguard.gates.updates import OVERFLOW
 from loopguard.snapshots import writing
 from loopguard.state import signal_facts
-from loopguard.types import Decision, Outcome, Record
+from loopguard.types import Decision, Outcome, Record, Signal
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from loopguard.controller.guard import LoopGuard
     from loopguard.controller.learner import Learner
+    from loopguard.controller.ranks import Asked
 
 B = TypeVar("B")
 
@@ -37,6 +39,14 @@ _DISCARDED = Decision(
     rule="discarded",
     reason="this cycle was frozen and discarded; it starts again with the next turn of guard.cycles()",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Early:
+    """What was judged between forward and backward."""
+
+    values: dict[str, Any]
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +71,8 @@ class Cycle:
         self.discarded = False
         self._guard = guard
         self._update_count = 0
+        self._early: _Early | None = None
+        self._early_holding: tuple[Signal, ...] = ()
 
     @property
     def updates(self) -> int:
@@ -87,6 +99,10 @@ class Cycle:
         `proposed` is how many drafts there were before the loop chose these; with it the gate can watch the share that
         is kept. A sample of the records' checks is run again in the sandbox. Raises LoopFrozen where the gate freezes;
         then none of the drafts is admitted.
+
+        With several ranks a freeze is not raised here, since the others could not know of it before their gradients
+        meet: `decision` says freeze, the records that were not quarantined are handed out all the same, and the next
+        update freezes every rank before they have moved a weight. Keep none of them for later in that case.
         """
         guard = self._guard
         if not self._enter():
@@ -102,11 +118,22 @@ class Cycle:
         if not batch.decision.allowed:
             guard._log.append("data.refused", {**facts, "reason": batch.decision.reason}, cycle=self.number)
             self._freeze(batch.decision, roll_back=self._update_count > 0)
-            return Admitted(records=(), quarantined=(), decision=batch.decision)
+            return self._refused(records, batch.quarantined, batch.decision)
+        if guard._consensus.said is not None:
+            return self._refused(records, batch.quarantined, guard._consensus.said)
         guard._data.commit(batch)
         facts["digest"] = _digest_ids(batch.admitted)
         guard._log.append("data.admitted", facts, cycle=self.number)
         return Admitted(records=batch.admitted, quarantined=batch.quarantined, decision=batch.decision)
+
+    def _refused(
+        self, records: Sequence[Record], quarantined: Sequence[tuple[Record, str]], decision: Decision
+    ) -> Admitted:
+        if not self._guard._consensus.several:
+            return Admitted(records=(), quarantined=(), decision=decision)
+        held_back = {record.id for record, _ in quarantined}
+        rest = tuple(record for record in records if record.id not in held_back)
+        return Admitted(records=rest, quarantined=tuple(quarantined), decision=decision)
 
     def batches(self, batches: Iterable[B]) -> Iterator[B]:
         """Hand out training batches, and keep a copy of each for the capsule of a freeze.
@@ -133,6 +160,35 @@ class Cycle:
             raise UsageError(f"cycle.keep: {error}") from error
         return batch
 
+    def forward(self, *, loss: Any, readings: Mapping[str, Any] | None = None) -> None:
+        """Judge this update between forward and backward, all of it but the gradient norm.
+
+        Optional: it lets the ranks of a run come to their verdict while the gradients are on their way. `update` then
+        waits for that verdict and judges the gradient norm, which has to be the same on all ranks, as it is under DDP
+        and FSDP; so every other reading is given here. With gradient accumulation call it once, before the last
+        backward, with the mean of the losses. Nothing is frozen before `update`.
+
+            loss = model(**batch).loss
+            cycle.forward(loss=loss)
+            loss.backward()
+            cycle.update(loss=loss)
+
+        Raises UsageError where the update before has not followed.
+        """
+        guard = self._guard
+        learner = guard._held()
+        if self._early is not None:
+            raise UsageError("cycle.forward was called twice: call cycle.update(loss=loss) after backward")
+        if learner.late:
+            self._early = _Early(dict(readings or {}))
+            return
+        if not self._begin(learner):
+            return
+        values = learner.measure({"loss": loss, **(readings or {})})
+        own = self._own(values, absent=("grad_norm",))
+        self._early_holding = guard._updates_gate.holding
+        self._early = _Early(values, guard._consensus.ask(own, at="update", number=guard._updates + 1))
+
     def update(
         self,
         *,
@@ -145,39 +201,78 @@ class Cycle:
         On allow: clips the gradients to `clip_norm` where given, steps every attached optimizer, ticks the schedulers
         and the averages, zeroes the gradients. On a freeze: none of that happens, weights and optimizer state stay as
         they are to the bit (or go back to the last boundary where suspect updates had been applied), and LoopFrozen is
-        raised. On a skip (`freeze.on_trip: skip`) the batch is dropped and the loop goes on.
+        raised. On a skip (`freeze.on_trip: skip`) the batch is dropped and the loop goes on. With several ranks all of
+        them do the same: what one of them trips on stops this very update on every rank.
 
         With gradient accumulation call it once for each optimizer step and give the mean of the micro-batches' losses.
         Several optimizers are decided together and step together. `readings` adds metrics beside `loss` and
         `grad_norm`, as numbers or as tensors of one element; a metric that the guard policy watches must be there every
-        time.
+        time. After `forward` they have been given there.
 
         Where the guard is `late` (attached on a GPU), impossible values are withheld by the device at once, and all
         else that is said here of a freeze is true of the update before this one.
         """
         guard = self._guard
         learner = guard._held()
-        if not self._enter() or not self._honoured(learner):
+        early, self._early = self._early, None
+        if early is not None and readings:
+            raise UsageError("cycle.update(readings=...) after cycle.forward: give them to forward, which judges them")
+        if (early is None or learner.late) and not self._begin(learner):
             learner.discard()
             return _DISCARDED
         if learner.late:
-            return self._stage(learner, loss, clip_norm=clip_norm, readings=readings or {})
+            extra = early.values if early is not None else readings or {}
+            return self._stage(learner, loss, clip_norm=clip_norm, readings=extra)
         taken = learner.readings(loss, readings or {})
+        values = {**early.values, **taken.values, "loss": early.values["loss"]} if early is not None else taken.values
+        absent = ("grad_norm",) if taken.overflowed else ()
         number = guard._updates + 1
-        guard._lease(number, cycle=self.number)
-        decision = self._judge(taken.values, number, absent=("grad_norm",) if taken.overflowed else ())
+        if early is None:
+            self._early_holding = ()
+            decision = guard._agree(self._own(values, absent=absent), at="update")
+        else:
+            decision = self._with_norm(early, values, number, absent=absent)
         if decision.result == "allow":
             learner.apply(clip_norm=clip_norm)
             if taken.overflowed:
                 guard._overflows += 1
-                guard._good.tape.settle(number, taken.values, clip_norm=clip_norm, decision="overflow")
+                guard._good.tape.settle(number, values, clip_norm=clip_norm, decision="overflow")
                 return OVERFLOW
-            guard._good.tape.settle(number, taken.values, clip_norm=clip_norm, decision="allow")
-            self._applied(number, taken.values, decision)
+            guard._good.tape.settle(number, values, clip_norm=clip_norm, decision="allow")
+            self._applied(number, values, decision)
             return decision
         learner.discard()
-        guard._good.tape.settle(number, taken.values, clip_norm=clip_norm, decision=decision.result)
-        return self._stopped(decision, number, taken.values, in_time=bool(decision.facts.get("withheld_in_time")))
+        guard._good.tape.settle(number, values, clip_norm=clip_norm, decision=decision.result)
+        return self._stopped(decision, number, values, in_time=bool(decision.facts.get("withheld_in_time")))
+
+    def _begin(self, learner: Learner) -> bool:
+        """Listen, and look after the disk and the veto. False where this cycle no longer acts."""
+        ready = True
+        with self._guard._telling():
+            ready = self._enter()
+        return ready and self._honoured(learner)
+
+    def _own(self, values: Mapping[str, float], *, absent: Collection[str] = ()) -> Decision:
+        """Judge the update at hand by what this rank sees, under a lease."""
+        number = self._guard._updates + 1
+        with self._guard._telling():
+            self._guard._lease(number, cycle=self.number)
+        return self._judge(values, number, absent=absent)
+
+    def _with_norm(
+        self, early: _Early, values: Mapping[str, float], number: int, *, absent: Collection[str]
+    ) -> Decision:
+        """What the ranks said after forward, and where they allow the update, what the gradient norm says."""
+        guard = self._guard
+        assert early.asked is not None
+        decision = guard._consensus.answer(early.asked)
+        if decision.result != "allow":
+            return decision
+        norm = values.get("grad_norm", 0.0)
+        guard._consensus.same_norm(norm)
+        judged = {name for name in guard._updates_gate.limits() if name != "grad_norm"}
+        second = self._judge({"grad_norm": norm} if not absent else {}, number, absent={*judged, *absent})
+        return replace(second, signals=(*decision.signals, *second.signals))
 
     def _stage(self, learner: Learner, loss: Any, *, clip_norm: float | None, readings: Mapping[str, Any]) -> Decision:
         """Let the device decide about this update, and take in what became of the one before."""
@@ -188,6 +283,7 @@ class Cycle:
         number = guard._updates + 1
         guard._lease(number, cycle=self.number)
         gate = guard._updates_gate
+        self._early_holding = ()
         learner.stage(loss, readings, limits=gate.limits(), update=number, latch=not gate.skips, clip_norm=clip_norm)
         guard._updates = number
         # Filled in when the device has told them.
@@ -198,15 +294,23 @@ class Cycle:
     def _collect(self, learner: Learner) -> bool:
         """Judge the update that the device has decided about. False where this cycle no longer acts."""
         guard = self._guard
+        if not learner.late:
+            return True
         staged = learner.collect()
         if staged is None:
-            return True
+            return self._nothing_staged()
         guard._awaited.update(staged.values)
         decision = self._judge(staged.values, staged.update)
         if staged.withheld and decision.result == "allow":
             # The device compares in its own precision; what it would not let pass, nobody lets pass.
             reason = f"the device withheld update {staged.update}, at the very edge of a limit"
             decision = replace(decision, result="freeze", rule="device", reason=reason)
+        own, decision = decision, guard._agree(decision, at="update")
+        if own.result == "allow" and decision.gate not in ("update", "promotion"):
+            # The update was sound. What stops the run came from elsewhere.
+            self._applied(staged.update, staged.values, own)
+            self._freeze(decision, roll_back=not decision.facts.get("withheld_in_time"), agreed=True)
+            return False
         if decision.result == "allow":
             self._applied(staged.update, staged.values, decision)
             return True
@@ -218,6 +322,15 @@ class Cycle:
         learner.discard()
         guard._updates = staged.update - 1
         self._stopped(decision, staged.update, staged.values, in_time=staged.withheld)
+        return False
+
+    def _nothing_staged(self) -> bool:
+        """The ranks agree all the same: what one of them knows, all have to hear."""
+        decision = self._guard._agree(QUIET, at="update")
+        if decision.allowed:
+            return True
+        self._guard._held().discard()
+        self._freeze(decision, roll_back=not decision.facts.get("withheld_in_time"), agreed=True)
         return False
 
     def _judge(self, values: Mapping[str, float], number: int, *, absent: Collection[str] = ()) -> Decision:
@@ -233,7 +346,7 @@ class Cycle:
         if not (trouble := learner.trouble()):
             return True
         self._freeze(Decision(result="freeze", gate="update", rule="veto_not_honoured", reason=trouble), roll_back=True)
-        return False
+        return self._guard._consensus.several
 
     def _applied(self, number: int, values: dict[str, float], decision: Decision) -> None:
         guard = self._guard
@@ -252,18 +365,22 @@ class Cycle:
         body = {"update": number, "readings": values, "signals": [signal_facts(s) for s in decision.signals]}
         if decision.result == "skip":
             guard._updates = number
+            guard._count_skip(number)
             guard._log.append("update.skipped", {**body, "reason": decision.reason}, cycle=self.number)
             return decision
         guard._log.append("update.withheld", body, cycle=self.number)
-        self._freeze(decision, update=number, readings=values, roll_back=not in_time)
+        self._freeze(decision, update=number, readings=values, roll_back=not in_time, agreed=True)
         return decision
 
     def decide_update(self, *, readings: Mapping[str, float]) -> Decision:
         """Only decide, for loops that step an optimizer which is not attached.
 
-        Raises UsageError where a model is attached: then `update` is the only door. A freeze raises LoopFrozen.
+        Raises UsageError where a model is attached, and `update` is the only door, and where there are several ranks,
+        which meet in `attach`. A freeze raises LoopFrozen.
         """
         guard = self._guard
+        if guard._consensus.several:
+            raise UsageError("several ranks meet in guard.attach(...): attach the model, and call cycle.update")
         if guard._learner is not None:
             raise UsageError("a model is attached: call cycle.update(loss=loss), which decides and steps")
         if not self._enter():
@@ -289,20 +406,20 @@ class Cycle:
         """
         guard = self._guard
         learner = guard._held()
-        if not self._enter() or not self._collect(learner) or not self._honoured(learner):
+        with guard._telling():
+            self._enter()
+        if self.discarded or not self._collect(learner) or not self._honoured(learner):
             return _DISCARDED
         if apply is None and not learner.same_actor:
             raise UsageError("promote(panel, apply=...) needs apply: how the actor takes the weights over")
-        guard._flush()
         values = {name: float(value) for name, value in panel.items()}
-        guard._log.append("eval.finished", {"panel": values}, cycle=self.number)
         previous = guard._good.promoted.panel if guard._good.promoted else None
-        try:
-            decision = guard._promotions.decide(values, previous=previous, cycle=self.number)
-        except MonitorError as error:
-            decision = Decision(result="freeze", gate="promotion", rule="monitor_error", reason=str(error))
-        if decision.allowed and (holding := guard._updates_gate.holding):
-            decision = held(holding)
+        own = QUIET
+        with guard._telling():
+            guard._flush()
+            guard._log.append("eval.finished", {"panel": values}, cycle=self.number)
+            own = self._judge_panel(values, previous)
+        decision = guard._agree(own, at="promote")
         body: dict[str, Any] = {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
         body |= {"panel": values, "previous": previous, "weights": learner.weights_digest()}
         if decision.result == "deny":
@@ -310,13 +427,18 @@ class Cycle:
             return decision
         if not decision.allowed:
             guard._log.append("promotion.decided", body, cycle=self.number)
-            self._freeze(decision, roll_back=True)
+            self._freeze(decision, roll_back=True, agreed=True)
             return decision
         guard._data.promoted()
-        slot = guard._good.take(guard._whole_state(), guard._facts(cycle=self.number))
-        guard._log.append("promotion.decided", body, cycle=self.number)
-        if not self._install(apply, learner):
-            return Decision(result="freeze", gate="promotion", rule="apply", reason=guard._state.reason)
+        slot, trouble = None, ""
+        with guard._telling():
+            slot = guard._good.take(guard._whole_state(), guard._facts(cycle=self.number))
+            guard._log.append("promotion.decided", body, cycle=self.number)
+            trouble = self._install(apply, learner)
+        decision = guard._agree(_not_installed(trouble) if trouble else own, at="apply")
+        if not decision.allowed or slot is None:
+            self._freeze(decision, roll_back=True, actor_too=True, agreed=True)
+            return decision
         guard._log.append("promotion.applied", {"actor": learner.actor_digest()}, cycle=self.number)
         # From here on it is what a freeze goes back to. It goes to disk beside the next cycle.
         guard._good.promote(slot, cycle=self.number, update=guard._updates, panel=values)
@@ -326,28 +448,30 @@ class Cycle:
         guard._state.remember(cycle=self.number)
         return decision
 
-    def _install(self, apply: Callable[[], object] | None, learner: Learner) -> bool:
-        """Run `apply` and look whether the actor now has the promoted weights; a freeze where it has not."""
+    def _judge_panel(self, values: Mapping[str, float], previous: Mapping[str, float] | None) -> Decision:
+        guard = self._guard
+        try:
+            decision = guard._promotions.decide(values, previous=previous, cycle=self.number)
+        except MonitorError as error:
+            return Decision(result="freeze", gate="promotion", rule="monitor_error", reason=str(error))
+        holding = (*self._early_holding, *guard._updates_gate.holding)
+        return held(holding) if decision.allowed and holding else decision
+
+    def _install(self, apply: Callable[[], object] | None, learner: Learner) -> str:
+        """Run `apply` and look whether the actor now has the promoted weights; a sentence where it has not."""
         if apply is None:
-            return True
+            return ""
         try:
             apply()
-            trouble = (
-                "" if learner.actor_digest() == learner.weights_digest() else "the actor has other weights after it"
-            )
         except Exception as error:  # noqa: BLE001 - whatever a loop's own apply raises, half-installed weights must not act
-            trouble = repr(error)
-        if not trouble:
-            return True
-        decision = Decision(result="freeze", gate="promotion", rule="apply", reason=f"apply failed: {trouble}")
-        self._freeze(decision, roll_back=True, actor_too=True)
-        return False
+            return repr(error)
+        return "" if learner.actor_digest() == learner.weights_digest() else "the actor has other weights after it"
 
     def _enter(self) -> bool:
         """Listen; stop where the loop is frozen. False where this cycle no longer acts."""
         guard = self._guard
         guard._listen()
-        if guard._state.frozen:
+        if guard._state.frozen and not guard._consensus.several:
             self._abandon()
         guard._good.check()
         return not self.discarded
@@ -360,9 +484,12 @@ class Cycle:
         readings: Mapping[str, float] | None = None,
         roll_back: bool = False,
         actor_too: bool = False,
+        agreed: bool = False,
     ) -> None:
         guard = self._guard
-        guard._freeze(decision, cycle=self.number, update=update, readings=readings, roll_back=roll_back)
+        guard._freeze(decision, cycle=self.number, update=update, readings=readings, roll_back=roll_back, agreed=agreed)
+        if guard._consensus.several and not agreed:
+            return  # every rank stops where they agree next
         if actor_too:
             guard._restore(actor_too=True, because="the actor may hold weights that were not promoted")
         self._abandon()
@@ -393,7 +520,8 @@ class Cycle:
         guard = self._guard
         folder = guard.run_dir / "quarantine"
         by_reason: dict[str, list[str]] = defaultdict(list)
-        path = folder / f"cycle-{self.number:04d}.jsonl"
+        here = guard._consensus.place
+        path = folder / f"cycle-{self.number:04d}{'' if here.leads else f'.{here.stream}'}.jsonl"
         with writing(path):
             folder.mkdir(exist_ok=True)
             with path.open("a", encoding="utf-8") as file:
@@ -405,6 +533,10 @@ class Cycle:
         for reason, ids in by_reason.items():
             body = {"reason": reason, "count": len(ids), "records": ids[:100]}
             guard._log.append("data.quarantined", body, cycle=self.number, sync=False)
+
+
+def _not_installed(trouble: str) -> Decision:
+    return Decision(result="freeze", gate="promotion", rule="apply", reason=f"apply failed: {trouble}")
 
 
 def _digest_ids(records: Iterable[Record]) -> str:

@@ -10,7 +10,8 @@ import threading
 import time
 import uuid
 from collections import defaultdict
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -22,14 +23,15 @@ from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.lastgood import LastGood
 from loopguard.controller.learner import Learner, LoopState, integration_for
+from loopguard.controller.ranks import QUIET, At, Consensus, Place, SharedStore, await_layout, compare, place
 from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.gates.data import DataGate
 from loopguard.gates.promotion import PromotionGate
 from loopguard.gates.tools import ToolGate
 from loopguard.gates.updates import UpdateGate
 from loopguard.policy.load import LoadedPolicy, load
-from loopguard.snapshots import write_capsule
-from loopguard.state import CONTROLLER, FreezeState, run_facts, signal_facts
+from loopguard.snapshots import Promoted, write_capsule
+from loopguard.state import FreezeState, run_facts, signal_facts
 from loopguard.types import Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
@@ -49,7 +51,8 @@ class LoopGuard:
     """The guard of one run: its policy, its log, its sandboxes and its freeze.
 
     A guard lives from `from_file` to `close` and is the only writer of its run directory meanwhile. Use it as a context
-    manager, so that an interrupted run leaves a finished record.
+    manager, so that an interrupted run leaves a finished record. With several ranks each has a guard of its own on the
+    same directory, and they agree on every update and promotion; docs/ranks.md has the whole of it.
 
         with LoopGuard.from_file("policies/default.yaml", run_dir="runs/mine") as guard:
             guard.attach(model=model, optimizer=optimizer, actor=actor)
@@ -65,6 +68,7 @@ class LoopGuard:
         run_id: str,
         log: AuditLog,
         cells: Cells,
+        here: Place = Place(0, 1),  # noqa: B008 - frozen, and what it is nearly always
     ) -> None:
         self.policy = policy.policy
         self.policy_digest = policy.digest
@@ -74,6 +78,7 @@ class LoopGuard:
         """What a start found of an earlier one and what it did about it; one sentence each."""
         self._log = log
         self._cells = cells
+        self._consensus = Consensus(here, self.policy)
         self._pid = os.getpid()
         self._turn = threading.RLock()
         """Held while the run freezes, resumes or takes in a request: tool calls come from many threads."""
@@ -88,7 +93,7 @@ class LoopGuard:
             keep=self.policy.promotion.keep_snapshots,
             tape_bytes=self.policy.freeze.capsule_mib << 20,
         )
-        self._state = FreezeState(run_dir, log)
+        self._state = FreezeState(run_dir, log, follows=None if here.leads else here.stream)
         self._learner: Learner | None = None
         self._loop: LoopState | None = None
         self._config: dict[str, Any] = {}
@@ -101,6 +106,8 @@ class LoopGuard:
         """Updates that a gradient scaler did not take, since the last record."""
         self._awaited: dict[str, float] = {}
         """The readings of an update that the device has not told yet."""
+        self._resumed: tuple[str, str] | None = None
+        """Who let the run go on, until the other ranks know."""
         self._closed = False
 
     @classmethod
@@ -129,17 +136,22 @@ class LoopGuard:
         """
         loaded = load(Path(policy))
         directory = Path(run_dir)
+        here = place()
+        if not here.leads:
+            await_layout(directory)
         adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
-        goes_on = (directory / "run.json").exists()
-        run_id = run_facts(directory)["id"] if goes_on else f"run-{uuid.uuid4().hex[:12]}"
+        goes_on = (directory / "run.json").exists() and bool(read.segments(directory, here.stream))
+        known = (directory / "run.json").exists()
+        run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
         cells = Cells(loaded.policy, run_id, runtimes or docker)
         if not (directory / "latch").exists():
             cells.start()
         try:
-            directories.lay_out(directory, loaded, run_id=run_id, seed=seed, command=command)
+            if here.leads:
+                directories.lay_out(directory, loaded, run_id=run_id, seed=seed, command=command)
             log = AuditLog.open(
                 directory,
-                stream=CONTROLLER,
+                stream=here.stream,
                 run_id=run_id,
                 policy=loaded.digest,
                 reserve_mib=loaded.policy.audit.reserve_mib,
@@ -150,16 +162,18 @@ class LoopGuard:
             raise
         try:
             cells.report_to(log)
-            if adopted:
+            if adopted and here.leads:
                 log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
                 directories.set_policy(directory, loaded.digest)
             log.append("policy.loaded", {"name": loaded.policy.name, "digest": loaded.digest})
             log.append(
                 "run.started",
-                {"command": list(command), "seed": seed, "versions": directories.versions(), "goes_on": goes_on},
+                {"command": list(command), "seed": seed, "versions": directories.versions(), "goes_on": goes_on}
+                | ({"rank": here.rank, "ranks": here.count} if here.count > 1 else {}),
             )
-            guard = cls(loaded, directory, run_id=run_id, log=log, cells=cells)
-            guard._settle()
+            guard = cls(loaded, directory, run_id=run_id, log=log, cells=cells, here=here)
+            if here.leads:
+                guard._settle()
         except BaseException:
             cells.close()
             log.close()
@@ -229,8 +243,9 @@ class LoopGuard:
         model.
 
         Where the run directory holds promoted weights, all of these are restored to them, RNG included; so call this
-        after everything is built and seeded. Raises UsageError for what cannot be guarded, SnapshotError where the
-        promoted snapshot is missing or damaged.
+        after everything is built and seeded. With several ranks this is where they meet: each of them calls it, and
+        where one is frozen all are. Raises UsageError for what cannot be guarded, SnapshotError where the promoted
+        snapshot is missing or damaged.
         """
         self._check_owner()
         if self._learner is not None:
@@ -246,6 +261,7 @@ class LoopGuard:
         )
         self._loop = loop
         self._config = dict(config or {})
+        self._meet()
         self._log.append("model.attached", self._attached())
         promoted = self._good.promoted
         if promoted is None:
@@ -288,8 +304,7 @@ class LoopGuard:
         promoted = self._good.promoted
         number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
         while number <= count:
-            self._listen()
-            if self._state.frozen:
+            if self._halted(number):
                 self._stop()
                 continue
             self._cells.start()
@@ -333,18 +348,123 @@ class LoopGuard:
     def _listen(self) -> None:
         """Take in a latch or a request from outside; every gate begins with this."""
         self._check_owner()
-        if not self._state.stirred():
+        if not self._state.stirred() or (self._consensus.said and not self._consensus.stopped):
             return
         with self._turn:
+            if not self._consensus.place.leads:
+                self._adopt_latch()
+                return
             for request in self._state.requests():
                 if request.kind == "resume" and self._state.lifts(request):
                     self._resume(by=request.by, reason=request.reason)
                 elif request.kind == "freeze" and not self._state.freeze_id:
                     why = f"{request.by} asked for it: {request.reason}"
                     self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
-            if self._state.frozen and not self._state.freeze_id:
-                why = "the latch was set from outside"
-                self._freeze(Decision(result="freeze", gate="operator", rule="latch", reason=why), cycle=None)
+            self._adopt_latch()
+
+    def _adopt_latch(self) -> None:
+        if self._state.frozen and not self._state.freeze_id:
+            why = "the latch was set from outside"
+            self._freeze(Decision(result="freeze", gate="operator", rule="latch", reason=why), cycle=None)
+
+    # What several ranks do together; with one, each of these comes down to what that one says
+
+    def _meet(self) -> None:
+        """Take the other ranks in, and come to stand where rank 0 stands."""
+        here, consensus = self._consensus.place, self._consensus
+        consensus.join(self._held().peers())
+        if not consensus.several:
+            return
+        self._listen()
+        store = SharedStore(self._good.store.root, consensus.peers, self._whole_state)
+        standings = self._gather(
+            {
+                "run": self.run_id,
+                "policy": self.policy_digest,
+                "late": self._held().late,
+                "frozen": self._state.frozen,
+                "freeze": "" if consensus.said else self._state.freeze_id,
+                "reason": self._state.reason,
+                "count": self._state.count - (consensus.said is not None),
+                "promoted": asdict(self._good.promoted) if self._good.promoted else None,
+            }
+        )
+        compare(standings)
+        first = standings[0]
+        self._good.share(store, Promoted(**first["promoted"]) if first["promoted"] else None)
+        if not here.leads:
+            self._updates = self._good.promoted.update if self._good.promoted else 0
+            self._state.follow(count=first["count"], freeze=first["freeze"], reason=first["reason"])
+            self._settle()
+        consensus.stopped = bool(first["freeze"])
+        if not consensus.stopped and any(one["frozen"] for one in standings):
+            # Nothing has been applied, so nothing has to be agreed upon.
+            why = "the latch was set before the ranks met"
+            latch = Decision(result="freeze", gate="operator", rule="latch", reason=why)
+            self._freeze(consensus.said or latch, cycle=None, agreed=True)
+
+    def _gather(self, value: Any) -> list[Any]:
+        try:
+            return self._consensus.peers.gather(value)
+        except ConnectionError as error:
+            raise UsageError(f"the ranks could not meet: {error}") from error
+
+    def _halted(self, cycle: int) -> bool:
+        """Whether no cycle may begin. All ranks are told the same."""
+        self._listen()
+        consensus = self._consensus
+        if not consensus.several:
+            return self._state.frozen
+        if not consensus.stopped:
+            decision = consensus.answer(consensus.ask(QUIET, at="cycle", number=cycle))
+            if not decision.allowed:
+                self._freeze(decision, cycle=None, roll_back=not decision.facts.get("withheld_in_time"), agreed=True)
+        return consensus.stopped
+
+    def _agree(self, own: Decision, *, at: At) -> Decision:
+        """What all ranks do about the update or the promotion at hand."""
+        number = self._updates + 1 if at == "update" else self._updates
+        return self._consensus.answer(self._consensus.ask(own, at=at, number=number))
+
+    def _count_skip(self, update: int) -> None:
+        """Count a batch that another rank dropped here as well, so that the bound is the same on all of them."""
+        if not self._consensus.several:
+            return
+        state = self._updates_gate.state_dict()
+        if update not in state["skipped_at"]:
+            state["skipped_at"].append(update)
+            self._updates_gate.load_state_dict(state)
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """What cannot be written in here stops one rank at once; of several, it stops all where they agree next."""
+        try:
+            yield
+        except (AuditWriteError, DiskError) as error:
+            if not self._consensus.several:
+                raise
+            self._freeze(Decision(result="freeze", gate="audit", rule="unwritable", reason=str(error)), cycle=None)
+
+    def _wait_together(self) -> None:
+        """Wait until rank 0 has taken a resume in, then resume as it did. Raises LoopFrozen where a rank goes away."""
+        consensus = self._consensus
+        while True:
+            time.sleep(_POLL_S)
+            if consensus.place.leads:
+                self._listen()
+            told = self._resumed if consensus.place.leads else None
+            try:
+                (goes_on,) = consensus.peers.finish(consensus.peers.start([int(told is not None)]))
+                first = consensus.peers.gather(told)[0] if goes_on else None
+            except ConnectionError as error:
+                consensus.lost = str(error)
+                raise LoopFrozen(self._state.freeze_id, f"{self._state.reason} (and {error})") from error
+            if first is not None:
+                by, reason = first
+                if not consensus.place.leads:
+                    self._resume(by=by, reason=reason)
+                self._resumed = None
+                return
 
     def _episode(self, profile: str, *, cycle: int | None, closed: Callable[[], bool] = lambda: False) -> EpisodeCalls:
         """A cell of a sandbox profile until it is closed."""
@@ -362,9 +482,17 @@ class LoopGuard:
         update: int | None = None,
         readings: Mapping[str, float] | None = None,
         roll_back: bool = False,
+        agreed: bool = False,
     ) -> str:
-        """Latch, keep the evidence, undo what was suspect, record. The latch comes first, whatever fails after it."""
+        """Latch, keep the evidence, undo what was suspect, record. The latch comes first, whatever fails after it.
+
+        Of several ranks, one only latches here; the rest follows when they have `agreed`, on all of them.
+        """
         freeze = self._state.latch(decision.reason)
+        if self._consensus.binds and not agreed:
+            self._consensus.say(decision, roll_back=roll_back)
+            return freeze
+        self._consensus.stopped = True
         if self.policy.freeze.running_calls == "kill":
             self._cells.kill_running()
         self._drain()
@@ -386,7 +514,9 @@ class LoopGuard:
             case "exit":
                 # Under torchrun a non-zero exit is a failure to be restarted, and a restart does not thaw anything.
                 sys.exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else LoopFrozen.exit_code)
-            case "wait":
+            case "wait" if self._consensus.several and not self._consensus.lost:
+                self._wait_together()
+            case "wait" if not self._consensus.lost:
                 while self._state.frozen:
                     time.sleep(_POLL_S)
                     self._listen()
@@ -395,6 +525,8 @@ class LoopGuard:
 
     def _resume(self, *, by: str, reason: str) -> None:
         self._state.resume(by=by, reason=reason)
+        self._resumed = by, reason
+        self._consensus.resumed()
         self._tools.forget()
         if self._learner is not None and self._good.held:
             self._restore(actor_too=True, because="resumed: the frozen cycle is rolled back")
@@ -409,7 +541,8 @@ class LoopGuard:
         readings: Mapping[str, float] | None,
     ) -> dict[str, Any]:
         """Keep what a replay needs, and the suspect state. A full disk costs the capsule, not the freeze."""
-        folder = self.run_dir / "freezes" / freeze
+        here = self._consensus.place
+        folder = self.run_dir / "freezes" / (freeze if here.leads else f"{freeze}.{here.stream}")
         told = {
             "freeze": freeze,
             "gate": decision.gate,
@@ -543,16 +676,17 @@ class LoopGuard:
 
     def _settle(self) -> None:
         """Bring an interrupted run to rest: finish what was decided, undo what nobody can vouch for."""
-        trail = directories.Trail(read.entries(self.run_dir, CONTROLLER))
+        leads = self._consensus.place.leads
+        trail = directories.Trail(read.entries(self.run_dir, self._consensus.place.stream))
         promoted = self._good.promoted
         pointer = promoted.snapshot if promoted else None
-        if pointer not in {None, *trail.snapshots}:
+        if leads and pointer not in {None, *trail.snapshots}:
             reason = f"snapshots/promoted.json names {pointer}, which no promotion in the log names"
             self._state.freeze(
                 Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
             )
             return
-        if trail.rolled_back is not None and trail.rolled_back != pointer:
+        if leads and trail.rolled_back is not None and trail.rolled_back != pointer:
             # A person went back, and the process died before the pointer moved.
             self._good.roll_back(trail.rolled_back)
             pointer, self._updates = trail.rolled_back, self._good.promoted.update if self._good.promoted else 0

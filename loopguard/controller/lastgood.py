@@ -40,6 +40,13 @@ class LastGood:
         self._under_way: Written | None = None
         self._digest: str | None = self.promoted.snapshot if self.promoted else None
 
+    def share(self, store: SnapshotStore, promoted: Promoted | None) -> None:
+        """From now on the ranks write each snapshot together, and rank 0 has said what is promoted."""
+        self._writer.close()
+        self.store, self._writer = store, Writer(store)
+        self.promoted = promoted
+        self._digest = promoted.snapshot if promoted else None
+
     @property
     def held(self) -> bool:
         """Whether there is a boundary to go back to."""

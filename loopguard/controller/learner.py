@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from loopguard.errors import UsageError
+
+if TYPE_CHECKING:
+    from loopguard.controller.ranks import Peers
 
 INTEGRATIONS = {"torch": "loopguard.integrations.torch"}
 """Which module holds the models of which framework, by the name of the package that their classes come from."""
@@ -88,6 +91,14 @@ class Learner(Protocol):
 
     def release(self) -> None:
         """Let the device step again."""
+        ...
+
+    def measure(self, values: Mapping[str, Any]) -> dict[str, float]:
+        """These metrics as floats, before there is a gradient."""
+        ...
+
+    def peers(self) -> Peers | None:
+        """The ranks that train this model together; None where there is one. A collective."""
         ...
 
     def rng(self) -> Any:
