@@ -12,7 +12,7 @@ from loopguard.types import Expectation, Signal
 
 Good = Literal["down", "up", "none"]
 
-_LARGE = {"slack": 3.0, "cap": 7.0, "start": 2.0, "first": 12.0, "least": 12.0}
+_LARGE = {"slack": 3.0, "cap": 7.0, "start": 2.0, "first": 13.0, "least": 13.0}
 """For changes of five noise units and more: a single reading adds 4 at most, so that it takes four that agree."""
 _SMALL = {"slack": 1.25, "cap": 4.0, "start": 2.0, "first": 27.0, "least": 18.0}
 """For changes of two noise units and more, on the worse side: 12 readings that agree at first, 7 in a calm run."""
@@ -35,6 +35,8 @@ _OUTER_NOISE, _OUTER_LEVEL, _OUTER_SPAN = 100.0, 10.0, 3.0
 """The outer limit is the largest of: so many noise units, levels, and widths of what was seen lately."""
 _RELEARN = 5
 """Readings after an announced change that make a level."""
+_YOUNG = 0.4
+"""Noise estimated from few readings is taken for so much larger, less as the window fills."""
 _USABLE = 1e100
 """Larger values would overflow in the arithmetic below; `bounds` is the monitor for them."""
 
@@ -251,6 +253,7 @@ class Jump:
             self._fits += 1
             self._usual += (math.log(max(noise, 1e-100)) - self._usual) / min(self._fits, 15)
             self._least_noise = _MEMORY * math.exp(self._usual)
+        noise *= 1 + _YOUNG * (self.window - n) / self.window
         self._noise = max(noise, self._least_noise, _FLOOR * abs(level), 1e-12)
         self._level = self._high = self._low = level
         if end < level:
