@@ -432,6 +432,11 @@ class TestAroundTheVeto:
         with pytest.raises(UsageError, match="taken around its veto"):
             kept()
         assert run.digest() == before
+        run.veto.withhold(False)
+        kept()
+        assert run.digest() != before
+        run.good()
+        assert run.veto.trouble() == ""
 
     def test_removed_it_is_as_if_it_had_not_been_there(self):
         for kernel in ("default", "fused"):

@@ -22,7 +22,7 @@ class _Kept:
 class Buffers:
     """The buffers of one model as they were after the last applied update, so that a withheld one can put them back.
 
-    Not seen: a write to a large buffer through `.data`, which torch does not count.
+    Not seen: a write to a large buffer through `.data`, which torch does not count, and buffers that are registered later.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -58,7 +58,8 @@ class Buffers:
             if kept.version != _version(kept.live) or kept.live.numel() <= _SMALL:
                 kept.live.copy_(kept.copy)
                 kept.version = _version(kept.live)
-            module._buffers[name] = kept.live
+            if module._buffers.get(name) is not kept.live:
+                module._buffers[name] = kept.live
 
     @torch.no_grad()
     def put_back_where(self, withheld: torch.Tensor) -> None:
@@ -80,7 +81,8 @@ class Buffers:
             torch.where(withheld, kept.copy, live.detach(), out=kept.copy)
             kept.live.copy_(kept.copy)
             kept.version = _version(kept.live)
-            module._buffers[name] = kept.live
+            if module._buffers.get(name) is not kept.live:
+                module._buffers[name] = kept.live
 
     def unsaved(self) -> dict[str, torch.Tensor]:
         """Those that the model's `state_dict` leaves out, by name."""

@@ -217,6 +217,9 @@ class Veto:
                 f"a withheld step of {type(optimizer).__name__} was taken around its veto: call optimizer.step() "
                 "itself, and attach before anything keeps a reference to it"
             )
+        # Nobody tells when such a step is over, so it leaves no evidence.
+        self._once = None
+        self.forget()
 
     def _decided(self) -> bool:
         voices = [voice for voice in (self._flag, self._once) if voice is not None]
