@@ -31,7 +31,7 @@ _FLOOR = 0.002
 """The least noise assumed, as a share of the level: a nearly constant curve is not infinitely sure of itself."""
 _MEMORY = 0.5
 """The least noise assumed, as a share of what has been typical."""
-_OUTER_NOISE, _OUTER_LEVEL, _OUTER_SPAN = 100.0, 10.0, 3.0
+_OUTER_NOISE, _OUTER_LEVEL, _OUTER_SPAN = 100.0, 20.0, 3.0
 """The outer limit is the largest of: so many noise units, levels, and widths of what was seen lately."""
 _RELEARN = 5
 """Readings after an announced change that make a level."""
@@ -60,7 +60,7 @@ class Jump:
     full, since every loss falls at the start. Where `good` is up, gains are noted; where it is none, both sides are
     worse. From half of its limit on a chart warns with `holds`: nothing should be promoted until it has passed.
 
-    One reading trips at once where it is further from the level than 100 noise units, than 10 levels, and than three
+    One reading trips at once where it is further from the level than 100 noise units, than 20 levels, and than three
     times the width of what was seen lately. `limits` has that as numbers.
 
     False alarms: the limits are set for one in `every` readings, from the run's own sums, and assume that what the run
@@ -266,7 +266,7 @@ class Jump:
             if self.good != "down":
                 self._low = last
         self._full = self._full or n == self.window
-        self._width *= 0.98
+        self._width *= 0.995
         width = max(self._width, ordered[-1] - ordered[0])
         self._reach = max(_OUTER_NOISE * self._noise, _OUTER_LEVEL * abs(level), _OUTER_SPAN * width)
         self._ready = True
