@@ -88,7 +88,7 @@ class Slot:
         return bool(self._shards)
 
     def encoded(self) -> Encoded:
-        """The same in two parts, less what is sharded, once every copy has arrived. Raises SnapshotError where stale."""
+        """The same in two parts, less what is sharded, once the copies have arrived. Raises SnapshotError if stale."""
         if self._stale:
             raise SnapshotError(f"the slot of {self.facts} was filled again with a later state")
         _wait_for(self._copies)
