@@ -40,7 +40,7 @@ class Variance:
     At the defaults noise that grows sixfold shows after 15 to 40 readings, and fourfold noise mostly within 80; what
     grows less may be taken in. False alarms: the limit is set for one in `every` readings from the run's own sums;
     there were none in 199,000 readings of real healthy runs. A metric that mostly stands still, as a reward before
-    learning starts, has no usual step: it is judged from when one step in ten is not zero.
+    learning starts, has no usual step: it is judged from when most steps are not zero.
 
     Prefer `jump` for a level that goes somewhere.
 
@@ -131,9 +131,9 @@ class Variance:
         steps = sorted(self._steps)
         n = len(steps)
         self._fresh = 0
-        self._ready = steps[9 * n // 10] > 0.0
+        self._ready = steps[n // 2] > 0.0
         if not self._ready:
-            self._quiet = -1.0
+            self._usual, self._quiet = 0.0, -1.0
             return
         # Quantiles and mean of |x - y| for independent normal x and y, in standard deviations of x - y.
         usual = max(steps[n // 2] / 0.674, steps[3 * n // 4] / 1.150, steps[9 * n // 10] / 1.645)
