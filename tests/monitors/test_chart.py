@@ -62,7 +62,11 @@ def test_what_was_cleared_is_not_remembered_as_healthy():
 
 @pytest.mark.parametrize(
     ("once_in", "words"),
-    [(138_271.9, "once in 140,000 readings"), (98, "once in 98 readings"), (4e12, "less than once in a billion readings")],
+    [
+        (138_271.9, "once in 140,000 readings"),
+        (98, "once in 98 readings"),
+        (4e12, "less than once in a billion readings"),
+    ],
 )
 def test_odds_are_words(once_in, words):
     assert odds(once_in) == words

@@ -31,7 +31,7 @@ def test_a_fall_trips_within_a_few_evaluations(to, first):
 
 def test_it_warns_before():
     signals = [s for s in feed(eprocess(), passes(lambda at: 0.64 if at < 50 else 0.39, 80)) if s]
-    assert [(s.level, s.holds) for s in signals][0] == ("warn", True)
+    assert (signals[0].level, signals[0].holds) == ("warn", True)
     assert signals[0].at < first_trip(signals).at
 
 
