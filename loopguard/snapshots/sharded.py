@@ -19,18 +19,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from loopguard.errors import DiskError, SnapshotError
-from loopguard.snapshots.files import (
-    make_directory,
-    partial_name,
-    sync_directory,
-    write_synced,
-    writing,
-)
+from loopguard.snapshots.files import make_directory, partial_name, sync_directory, write_synced, writing
 from loopguard.snapshots.ring import Slot
 from loopguard.snapshots.store import SnapshotStore, files_of, read_manifest
 from loopguard.snapshots.tensors import read_tensors, verify_file, write_tensors
@@ -51,29 +45,29 @@ def save_sharded(root: Path, state: Any, facts: Mapping[str, Any], group: Any = 
     Returns when it is on disk. Raises DiskError where the disk does not take it, TypeError for a state that a snapshot
     cannot hold, SnapshotError for a stale slot.
     """
-    with state.held() if isinstance(state, Slot) else nullcontext():
-        return _save(root, state, facts, group)
-
-
-def _save(root: Path, state: Any, facts: Mapping[str, Any], group: Any) -> str:
     ranks = _Ranks(group)
     shards: dict[str, Any] = {}
     encoded: list[Encoded] = []
+    with ExitStack() as stack:
 
-    def take_apart() -> None:
-        if isinstance(state, Slot):
-            encoded.append(state.encoded())
-            shards.update(state.shards())
-        else:
-            encoded.append(encode(state, shards=shards))
+        def take_apart() -> None:
+            if isinstance(state, Slot):
+                encoded.append(stack.enter_context(state.held()))
+                shards.update(state.shards())
+            else:
+                encoded.append(encode(state, shards=shards))
 
-    ranks.together(take_apart)
+        ranks.together(take_apart)
+        return _save(ranks, root, encoded[0], shards, facts)
+
+
+def _save(ranks: _Ranks, root: Path, encoded: Encoded, shards: dict[str, Any], facts: Mapping[str, Any]) -> str:
     folder = root / ranks.from_first(partial_name)
     try:
         ranks.from_first(lambda: _make(folder))
         if shards:
-            ranks.together(lambda: _save_shards(folder / _SHARDS, shards, group))
-        ranks.together(lambda: _write_rank(folder, ranks.own, encoded[0]))
+            ranks.together(lambda: _save_shards(folder / _SHARDS, shards, ranks.group))
+        ranks.together(lambda: _write_rank(folder, ranks.own, encoded))
         hashes = ranks.together(lambda: _hash(folder, _listed(folder)[ranks.own :: ranks.count]))
         files = {name: sha256 for some in hashes for name, sha256 in some.items()}
         return ranks.from_first(lambda: _publish(root, folder, {"files": files, "ranks": ranks.count}, facts))
@@ -121,7 +115,7 @@ class _Ranks:
     def __init__(self, group: Any) -> None:
         import torch.distributed as dist
 
-        self._group = group
+        self.group = group
         self.own = dist.get_rank(group)
         self.count = dist.get_world_size(group)
 
@@ -136,7 +130,7 @@ class _Ranks:
             cause = error
             trouble = (next((kind for kind in _TROUBLES if isinstance(error, kind)), RuntimeError), str(error))
         gathered: list[Any] = [None] * self.count
-        dist.all_gather_object(gathered, (value, trouble), group=self._group)
+        dist.all_gather_object(gathered, (value, trouble), group=self.group)
         for rank, (_, told) in enumerate(gathered):
             if told is not None:
                 kind, text = told

@@ -121,6 +121,11 @@ class Tape:
         self.bytes += _OVERHEAD
 
     @property
+    def empty(self) -> bool:
+        """Whether no update is on it."""
+        return not self._updates
+
+    @property
     def full(self) -> bool:
         """Whether it has grown past its bound."""
         return self.bytes > self.limit_bytes
