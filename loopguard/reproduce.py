@@ -151,6 +151,8 @@ def reproduce(
         digest = capsule.facts.get("state_digest")
         if digest is not None and updates:
             state = "same" if learner.digest() == digest else "other"
+    if capsule.facts.get("replays") == "up to the boundary" and updates:
+        notes.append("no update was made since the state that this freeze goes back to: replayed is what led to it")
     if not updates:
         notes.append("no update was made since the state that this freeze goes back to: there is nothing to replay")
     return Reproduction(

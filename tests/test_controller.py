@@ -115,8 +115,8 @@ class TestTheUpdateGate:
             with pytest.raises(LoopFrozen, match="went down"):
                 for cycle in guard.cycles(4):
                     promoted = guard.state_digest()
-                    for n in range(10):
-                        lab.update(cycle, factor=1.0 if cycle.number < 3 or n < 4 else 0.3)
+                    for n in range(40):
+                        lab.update(cycle, factor=1.0 if cycle.number < 3 or n < 20 else 0.3)
                     lab.promote(cycle)
             assert guard.state_digest() == promoted
         frozen = lab.events("freeze.entered")[0]

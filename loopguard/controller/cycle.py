@@ -71,6 +71,8 @@ class Cycle:
         self.discarded = False
         self._guard = guard
         self._update_count = 0
+        self._asked = 0
+        """How many updates this cycle has asked for, whatever became of them."""
         self._early: _Early | None = None
         self._early_holding: tuple[Signal, ...] = ()
 
@@ -236,14 +238,20 @@ class Cycle:
             learner.apply(clip_norm=clip_norm)
             if taken.overflowed:
                 guard._overflows += 1
-                guard._good.tape.settle(number, values, clip_norm=clip_norm, decision="overflow")
+                self._tape(number, values, clip_norm=clip_norm, decision="overflow")
                 return OVERFLOW
-            guard._good.tape.settle(number, values, clip_norm=clip_norm, decision="allow")
+            self._tape(number, values, clip_norm=clip_norm, decision="allow")
             self._applied(number, values, decision)
             return decision
         learner.discard()
-        guard._good.tape.settle(number, values, clip_norm=clip_norm, decision=decision.result)
+        self._tape(number, values, clip_norm=clip_norm, decision=decision.result)
         return self._stopped(decision, number, values, in_time=bool(decision.facts.get("withheld_in_time")))
+
+    def _tape(self, number: int, values: Mapping[str, float], *, clip_norm: float | None, decision: str) -> None:
+        """Close an update on the tape that a capsule is made of."""
+        self._asked += 1
+        place = {"cycle": self.number, "update_in_cycle": self._asked}
+        self._guard._good.tape.settle(number, values, clip_norm=clip_norm, decision=decision, **place)
 
     def _begin(self, learner: Learner) -> bool:
         """Listen, and look after the disk and the veto. False where this cycle no longer acts."""
@@ -288,7 +296,7 @@ class Cycle:
         guard._updates = number
         # Filled in when the device has told them.
         guard._awaited = {}
-        guard._good.tape.settle(number, guard._awaited, clip_norm=clip_norm, decision="staged")
+        self._tape(number, guard._awaited, clip_norm=clip_norm, decision="staged")
         return _STAGED
 
     def _collect(self, learner: Learner) -> bool:

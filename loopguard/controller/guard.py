@@ -137,9 +137,11 @@ class LoopGuard:
         loaded = load(Path(policy))
         directory = Path(run_dir)
         here = place()
-        if not here.leads:
-            await_layout(directory)
-        adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
+        adopted = None
+        if here.leads:
+            adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
+        else:
+            await_layout(directory)  # whether it is under the same policy is told to all ranks when they meet
         goes_on = (directory / "run.json").exists() and bool(read.segments(directory, here.stream))
         known = (directory / "run.json").exists()
         run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
@@ -162,7 +164,7 @@ class LoopGuard:
             raise
         try:
             cells.report_to(log)
-            if adopted and here.leads:
+            if adopted:
                 log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
                 directories.set_policy(directory, loaded.digest)
             log.append("policy.loaded", {"name": loaded.policy.name, "digest": loaded.digest})
@@ -372,7 +374,10 @@ class LoopGuard:
     def _meet(self) -> None:
         """Take the other ranks in, and come to stand where rank 0 stands."""
         here, consensus = self._consensus.place, self._consensus
-        consensus.join(self._held().peers())
+        try:
+            consensus.join(self._held().peers())
+        except ConnectionError as error:
+            raise UsageError(f"the ranks could not meet: {error}") from error
         if not consensus.several:
             return
         self._listen()
@@ -557,13 +562,15 @@ class LoopGuard:
         facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir), "config": self._config}
         if learner is not None:
             facts |= {"settings": learner.settings(), "state_digest": learner.digest()}
+        anchor, tape = self._good.replayable()
+        facts["replays"] = "since the boundary" if tape is self._good.tape else "up to the boundary"
         try:
             capsule = write_capsule(
                 folder,
                 limit_bytes=self.policy.freeze.capsule_mib << 20,
                 decision=told,
-                anchor=self._good.anchor,
-                tape=self._good.tape,
+                anchor=anchor,
+                tape=tape,
                 suspect_state=self._whole_state() if learner is not None else None,
                 facts=facts,
             )

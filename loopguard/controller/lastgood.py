@@ -31,6 +31,8 @@ class LastGood:
         self.store = SnapshotStore(run_dir / "snapshots")
         self.promoted: Promoted | None = self.store.promoted()
         self.tape = Tape(limit_bytes=tape_bytes)
+        self._before: tuple[Slot | None, Tape] | None = None
+        """The tape of what led to the boundary, and what it started from."""
         self.anchor: Slot | None = None
         """What the tape starts from: the boundary, or a state in the middle of a cycle."""
         self._log = log
@@ -77,6 +79,8 @@ class LastGood:
 
     def promote(self, slot: Slot, *, cycle: int, update: int, panel: dict[str, float]) -> None:
         """From now on a freeze goes back to this slot."""
+        self._before = self.anchor, self.tape
+        self.tape = Tape(limit_bytes=self.tape.limit_bytes)
         self._flip(slot)
         self.promoted = Promoted(snapshot="", cycle=cycle, update=update, panel=panel)
 
@@ -105,6 +109,14 @@ class LastGood:
         with suppress(LoopGuardError):  # `check` says so at the next gate; a freeze does not wait for a mended disk
             self.wait()
         return self._digest
+
+    def replayable(self) -> tuple[Slot | None, Tape]:
+        """Where a replay starts, and what it goes through.
+
+        That is what happened since the boundary; where nothing has, as in a freeze over data, it is what led to the
+        boundary, and so to the actor that the freeze is about.
+        """
+        return self._before if self.tape.empty and self._before is not None else (self.anchor, self.tape)
 
     def shorten(self, state: Any, facts: Mapping[str, Any]) -> None:
         """Start the tape anew from a state in the middle of the cycle, since it has grown past its bound."""

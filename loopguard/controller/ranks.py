@@ -190,7 +190,8 @@ class Consensus:
             return Asked(own, at, number, None)
         where = number * len(_PLACES) + _PLACES.index(at)
         norm, self._norm = self._norm, 0
-        verdict = (_level(own) << _CODE_BITS | self._code(own)) << _RANK_BITS | self.place.rank
+        # Of equal verdicts that of the lowest rank counts.
+        verdict = (_level(own) << _CODE_BITS | self._code(own)) << _RANK_BITS | self.place.count - 1 - self.place.rank
         try:
             started = self.peers.start([verdict, where, -where, norm, -norm])
         except ConnectionError as error:
@@ -215,7 +216,8 @@ class Consensus:
             return self._apart(
                 "the last gradient norm differs between ranks, so their weights have come apart", undo=True
             )
-        level, code, rank = _taken_apart(verdict)
+        level, code, back = _taken_apart(verdict)
+        rank = self.place.count - 1 - back
         if not level:
             return asked.own
         told = self._told(asked.own)
@@ -344,9 +346,9 @@ def _level(decision: Decision) -> int:
 
 
 def _taken_apart(verdict: int) -> tuple[int, int, int]:
-    rank = verdict & ((1 << _RANK_BITS) - 1)
+    back = verdict & ((1 << _RANK_BITS) - 1)
     code = verdict >> _RANK_BITS & ((1 << _CODE_BITS) - 1)
-    return verdict >> (_RANK_BITS + _CODE_BITS), code, rank
+    return verdict >> (_RANK_BITS + _CODE_BITS), code, back
 
 
 def _decision(level: int, rule: str) -> Decision:
