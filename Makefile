@@ -13,10 +13,14 @@ check: .venv/ready  ## Format, lint, types.
 fix: .venv/ready  ## Format, and mend what the linter can mend.
 	.venv/bin/ruff format . && .venv/bin/ruff check --fix .
 
-bench: .venv/ready image  ## What we claim about speed and limits. A few minutes. HUMANEVAL=FILE and GSM8K=FILE add what needs data.
+bench: .venv/ready image  ## What we claim about speed and limits. A few minutes. TRACES=DIR, HUMANEVAL=FILE and GSM8K=FILE add what needs data.
 	.venv/bin/python benchmarks/sandbox_latency.py
 	.venv/bin/python benchmarks/sandbox_limits.py
 	.venv/bin/python benchmarks/audit_append.py
+	.venv/bin/python benchmarks/gate_cost.py
+	.venv/bin/python benchmarks/snapshots.py
+	@[ ! -f benchmarks/reduction.py ] || .venv/bin/python benchmarks/reduction.py
+	@[ -z "$(TRACES)" ] || .venv/bin/python benchmarks/detection.py --data "$(TRACES)" --cross-validate
 	@[ -z "$(HUMANEVAL)" ] || .venv/bin/python benchmarks/humaneval.py --data "$(HUMANEVAL)"
 	@[ -z "$(GSM8K)" ] || { .venv/bin/python benchmarks/toolformer.py --data "$(GSM8K)" \
 	  && .venv/bin/python benchmarks/faults.py --data "$(GSM8K)"; }  # about an hour; each goes on where it stopped

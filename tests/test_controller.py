@@ -112,7 +112,7 @@ class TestTheUpdateGate:
         with lab.open() as guard:
             lab.build(guard)
             promoted = None
-            with pytest.raises(LoopFrozen, match="went down"):
+            with pytest.raises(LoopFrozen, match="loss fell from 1 to 0.3"):
                 for cycle in guard.cycles(4):
                     promoted = guard.state_digest()
                     for n in range(40):

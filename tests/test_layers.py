@@ -23,6 +23,7 @@ ROWS = {
     "snapshots": 3,
     "controller": 4,
     "integrations": 5,
+    "reproduce": 5,
     "pipelines": 5,
     "service": 5,
     "cli": 6,

@@ -91,7 +91,8 @@ class LoopGuard:
             run_dir,
             log,
             keep=self.policy.promotion.keep_snapshots,
-            tape_bytes=self.policy.freeze.capsule_mib << 20,
+            # The rest of a capsule is for two states.
+            tape_bytes=(self.policy.freeze.capsule_mib << 20) // 4,
         )
         self._state = FreezeState(run_dir, log, follows=None if here.leads else here.stream)
         self._learner: Learner | None = None

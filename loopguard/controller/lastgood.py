@@ -121,7 +121,8 @@ class LastGood:
     def shorten(self, state: Any, facts: Mapping[str, Any]) -> None:
         """Start the tape anew from a state in the middle of the cycle, since it has grown past its bound."""
         self.anchor = self._ring.take_midway(state, facts)
-        self.tape.restart()
+        # The batch at hand comes after it: where the device decides, the forward pass is a step ahead.
+        self.tape.restart(carry=True)
 
     def rewind(self) -> None:
         """The boundary has been restored: what is on the tape did not happen."""
