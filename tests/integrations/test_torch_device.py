@@ -209,6 +209,15 @@ class TestCollecting:
         held.collect()
         assert held.trouble() == "a step was withheld and the optimizer took it all the same"
 
+    def test_finds_out_a_flag_that_somebody_else_left(self):
+        held = make()
+        stage(held, 0)
+        held.collect()
+        held.optimizers[0].found_inf = torch.ones(())
+        stage(held, 1)
+        assert not held.collect().withheld
+        assert held.trouble() == "a step was allowed and the optimizer did not take it"
+
     def test_finds_out_a_step_that_was_swallowed(self):
         held = make()
         held.optimizers[0].register_step_pre_hook(lambda one, *_: setattr(one, "found_inf", torch.ones(())))

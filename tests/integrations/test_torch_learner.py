@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from loopguard.errors import UsageError
 from loopguard.integrations.torch import learner
+from loopguard.integrations.torch.digest import sha256
 
 torch.set_num_threads(1)
 optim = torch.optim
@@ -222,6 +223,28 @@ class TestADiscard:
         assert int(average.n_averaged) == 2
         assert scaler.state_dict()["_growth_tracker"] == 2
 
+    def test_under_a_scaler_never_was(self):
+        """The batch after it is unscaled again, and counted as if it were the first."""
+
+        def run(*, withheld):
+            model = net()
+            scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=3)
+            held = hold(model, scaler=scaler)
+            norms = []
+            for seed in range(4):
+                for apply in (False, True) if withheld else (True,):
+                    loss = forward(model, seed if apply else 99)
+                    scaler.scale(loss).backward()
+                    taken = held.readings(loss)
+                    if apply:
+                        norms.append(taken.values["grad_norm"])
+                        held.apply(clip_norm=0.05)
+                    else:
+                        held.discard()
+            return held.digest(), norms, scaler.state_dict()
+
+        assert run(withheld=True) == run(withheld=False)
+
     def test_of_gradients_that_nobody_read_needs_nothing_of_the_scaler(self):
         scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
         held = hold(net(), scaler=scaler)
@@ -399,14 +422,32 @@ class TestARestore:
         assert model.inner.tolist() == [5, 5, 5]
 
     def test_is_no_trouble_to_the_witness(self):
+        """Neither back to fewer steps, nor forward again to the state that was suspect."""
         held, _ = everything(net())
         update(held, 0)
-        saved = copy.deepcopy(held.state())
+        early = copy.deepcopy(held.state())
         for seed in range(1, 4):
             update(held, seed)
-        held.restore(saved, actor_too=False)
-        update(held, 1)
-        assert held.trouble() == ""
+        late = copy.deepcopy(held.state())
+        for saved in (early, late):
+            held.restore(saved, actor_too=False)
+            update(held, 1)
+            assert held.trouble() == ""
+
+    def test_in_a_new_process_leaves_what_it_was_given_as_it_is(self):
+        """There the optimizer has no state yet, and must not go on in the tensors of the snapshot."""
+        old, _ = everything(net())
+        for seed in range(3):
+            update(old, seed)
+        saved = copy.deepcopy(old.state())
+        before = sha256([saved["optimizers"], saved["schedulers"]])
+        new, _ = everything(net())
+        for _ in range(2):
+            new.restore(saved, actor_too=False)
+            update(new, 3)
+            assert sha256([saved["optimizers"], saved["schedulers"]]) == before
+        update(old, 3)
+        assert new.digest() == old.digest()
 
 
 class TestTrouble:

@@ -22,7 +22,8 @@ class _Kept:
 class Buffers:
     """The buffers of one model as they were after the last applied update, so that a withheld one can put them back.
 
-    Not seen: a write to a large buffer through `.data`, which torch does not count, and buffers that are registered later.
+    Not seen: a write to a large buffer through `.data`, which torch does not count, and buffers that are registered
+    later.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
