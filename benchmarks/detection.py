@@ -219,7 +219,8 @@ def print_false_alarms(score: ModuleType, traces: list[Any]) -> None:
             for value in values:
                 ours.update(value)
             for signal in ours.signals:
-                if signal.level == "trip":
+                row = steps.index(signal.at)
+                if signal.level == "trip" and not any(first <= row <= last for first, last in t.get("ignore", ())):
                     print(f"  {t['id']} {t['family']} {t['group']}: {signal.reason}")
 
 
@@ -367,14 +368,20 @@ def plot(results: dict[str, dict[str, Any]], file: Path) -> None:
         '<text transform="translate(16 185) rotate(-90)" text-anchor="middle">mean recall of injected faults</text>',
     ]
     lines += [f'<text x="{_x(v):.0f}" y="366" text-anchor="middle">{v:g}</text>' for v in ticks]
+    lines += ['<text x="60" y="380" text-anchor="middle">or less</text>']
     lines += [f'<text x="52" y="{_y(v) + 4:.0f}" text-anchor="end">{v:g}</text>' for v in (0, 0.25, 0.5, 0.75, 1)]
+    labels: list[tuple[float, float]] = []
     for name, result in results.items():
         x, y = _x(result["false_alarms_per_10k"]), _y(result["macro_recall_injected"])
         ours = name.startswith("LoopGuard")
         fill = "#c0392b" if ours else "#7f8c8d" if "check" in name else "#2c3e50"
         lines.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}"><title>{name}</title></circle>')
         if name == "LoopGuard" or not (ours or "check" in name):
-            lines.append(f'<text x="{x + 8:.1f}" y="{y + 4:.1f}" fill="{fill}">{name}</text>')
+            below = y + 4
+            while any(abs(x - other) < 70 and abs(below - line) < 12 for other, line in labels):
+                below -= 12
+            labels.append((x, below))
+            lines.append(f'<text x="{x + 8:.1f}" y="{below:.1f}" fill="{fill}">{name}</text>')
     file.write_text("\n".join([*lines, "</svg>"]) + "\n", encoding="utf-8")
 
 

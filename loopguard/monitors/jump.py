@@ -14,7 +14,8 @@ Good = Literal["down", "up", "none"]
 
 _LARGE = {"slack": 3.0, "cap": 7.0, "start": 2.0, "first": 13.0, "least": 13.0}
 """For changes of five noise units and more: a single reading adds 4 at most, so that it takes four that agree."""
-_SMALL = {"slack": 1.25, "cap": 4.0, "start": 2.0, "first": 27.0, "least": 18.0}
+_LEAST_SLACK = 1.25
+_SMALL = {"slack": _LEAST_SLACK, "cap": 4.0, "start": 2.0, "first": 27.0, "least": 18.0}
 """For changes of two noise units and more, on the worse side: 12 readings that agree at first, 7 in a calm run."""
 
 _REFIT = 8
@@ -138,7 +139,8 @@ class Jump:
     def rebase(self) -> None:
         """Start over with the next reading. What was learned of the run's noise and sums stays."""
         self._base: deque[float] = deque(maxlen=self.window)
-        self._aside: list[float] = []
+        self._aside: deque[float] = deque(maxlen=self.window)
+        """Readings that wait beside the baseline."""
         self._fresh = 0
         self._ready = False
         self._full = False
@@ -156,7 +158,7 @@ class Jump:
             self._seen += 1
             up = (value - self._high) / self._noise
             down = (self._low - value) / self._noise
-            if self._quiet and up <= 1.25 and down <= 1.25:
+            if self._quiet and up <= _LEAST_SLACK and down <= _LEAST_SLACK:
                 # `_learn`, without the call: nine readings of ten end here.
                 self._base.append(value)
                 self._fresh += 1
@@ -183,9 +185,9 @@ class Jump:
         if worst is not None and worst.sum > _SUSPICIOUS:
             self._aside.append(value)
             if worst.sum > worst.limit and self._matters():
-                return self._trip(worst, value, at)
+                return self._climbing("trip", worst, value, at)
             if worst.sum > _HOLDS * worst.limit:
-                return self._warning(worst, value, at)
+                return self._climbing("warn", worst, value, at)
         else:
             self._rejoin()
             self._learn(min(max(value, self._low - _PULL * self._noise), self._high + _PULL * self._noise))
@@ -211,7 +213,7 @@ class Jump:
 
     def _matters(self) -> bool:
         """Whether the change is at least `min_change`; a smaller one is taken in as the new level."""
-        if abs(median(self._aside[-15:]) - self._level) >= self.min_change * abs(self._level):
+        if abs(self._lately() - self._level) >= self.min_change * abs(self._level):
             return True
         for chart in self._charts:
             chart.clear()
@@ -219,11 +221,14 @@ class Jump:
         self._rejoin()
         return False
 
+    def _lately(self) -> float:
+        return median(list(self._aside)[-15:])
+
     def _rejoin(self) -> None:
         if self._aside:
-            waiting, self._aside = self._aside, []
-            for value in waiting:
+            for value in self._aside:
                 self._learn(value)
+            self._aside.clear()
 
     def _learn(self, value: float) -> None:
         self._base.append(value)
@@ -309,8 +314,8 @@ class Jump:
         worst = self._worst()
         if worst is not None and worst.sum > _SUSPICIOUS:
             if worst.sum > worst.limit and self._matters():
-                return self._trip(worst, value, at)
-            return self._warning(worst, value, at) if worst.sum > _HOLDS * worst.limit else None
+                return self._climbing("trip", worst, value, at)
+            return self._climbing("warn", worst, value, at) if worst.sum > _HOLDS * worst.limit else None
         self._after += at >= max(each.at + each.span for each in now)
         if self._after >= _RELEARN:
             self._after = 0
@@ -323,8 +328,8 @@ class Jump:
         """The latest readings are the level now."""
         self._least_noise = max(self._least_noise, self._noise)
         self._base.clear()
-        self._base.extend(self._aside[-9:])
-        self._aside = []
+        self._base.extend(list(self._aside)[1 - 2 * _RELEARN :])
+        self._aside.clear()
         for chart in self._charts:
             chart.clear()
         self._quiet = True
@@ -340,22 +345,13 @@ class Jump:
         low, high = self._range()
         return Signal(level=level, monitor="jump", metric=self.metric, value=value, at=at, low=low, high=high, **rest)
 
-    def _trip(self, chart: Chart, value: float, at: int) -> Signal:
-        return self._climbing("trip", chart, value, at)
-
-    def _warning(self, chart: Chart, value: float, at: int) -> Signal:
-        return self._climbing("warn", chart, value, at)
-
     def _climbing(self, level: Literal["warn", "trip"], chart: Chart, value: float, at: int) -> Signal:
         rising = chart in self._up
         before = self._high if rising else self._low
-        now = median(self._aside[-15:])
+        now = self._lately()
         score = (now - before) / self._noise
-        verb = (
-            ("went up" if rising else "fell")
-            if level == "trip"
-            else ("may be going up" if rising else "may be falling")
-        )
+        sure, unsure = ("went up", "may be going up") if rising else ("fell", "may be falling")
+        verb = sure if level == "trip" else unsure
         too_good = " (too good is a fault too: labels may have leaked)" if not rising and self.good == "down" else ""
         reason = (
             f"{self.metric} {verb} from {before:.4g} to {now:.4g}, {abs(score):.1f} times its noise, "
@@ -408,7 +404,7 @@ class Jump:
         for name in _KEPT:
             setattr(self, f"_{name}", state[name])
         self._base = deque(state["base"], maxlen=self.window)
-        self._aside = list(state["aside"])
+        self._aside = deque(state["aside"], maxlen=self.window)
         self._reach = math.inf if state["reach"] is None else state["reach"]
         for chart, saved in zip(self._charts, state["charts"], strict=True):
             chart.load_state_dict(saved)

@@ -72,7 +72,7 @@ class Variance:
     def rebase(self) -> None:
         """Start over with the next reading."""
         self._steps: deque[float] = deque(maxlen=_WINDOW)
-        self._aside: list[float] = []
+        self._aside: deque[float] = deque(maxlen=_WINDOW)
         self._last: float | None = None
         self._fresh = 0
         self._ready = False
@@ -115,9 +115,9 @@ class Variance:
                 return self._climbing("trip", value, last, at)
             return self._climbing("warn", value, last, at) if chart.sum > _HOLDS * chart.limit else None
         if self._aside:
-            waiting, self._aside = self._aside, []
-            for one in waiting:
-                self._learn(one)
+            for waiting in self._aside:
+                self._learn(waiting)
+            self._aside.clear()
         self._learn(min(step, _PULL * self._usual))
         return None
 
@@ -172,7 +172,7 @@ class Variance:
 
     def _climbing(self, level: Literal["warn", "trip"], value: float, last: float, at: int) -> Signal:
         chart = self._chart
-        now = median(self._aside[-15:])
+        now = median(list(self._aside)[-15:])
         usual = 0.674 * self._usual
         verb = "moves" if level == "trip" else "may be moving"
         reason = (
@@ -214,7 +214,7 @@ class Variance:
         for name in _KEPT:
             setattr(self, f"_{name}", state[name])
         self._steps = deque(state["steps"], maxlen=_WINDOW)
-        self._aside = list(state["aside"])
+        self._aside = deque(state["aside"], maxlen=_WINDOW)
         self._chart.load_state_dict(state["chart"])
         self._expected = [Expectation(kind=kind, at=at, span=span) for kind, at, span in state["expected"]]
 
