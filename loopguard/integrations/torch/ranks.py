@@ -39,8 +39,8 @@ class TorchPeers:
     def __init__(self, learner: TorchLearner) -> None:
         self.place = Place(dist.get_rank(), dist.get_world_size())
         self._learner = learner
-        self._decisions = dist.new_group(backend="gloo", timeout=_timeout())
-        self._snapshots = dist.new_group(backend="gloo", timeout=_timeout())
+        self._decisions = _talking(lambda: dist.new_group(backend="gloo", timeout=_timeout()))
+        self._snapshots = _talking(lambda: dist.new_group(backend="gloo", timeout=_timeout()))
         self._trouble = ""
 
     def start(self, numbers: list[int]) -> Any:
