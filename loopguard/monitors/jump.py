@@ -352,7 +352,7 @@ class Jump:
         score = (now - before) / self._noise
         sure, unsure = ("went up", "may be going up") if rising else ("fell", "may be falling")
         verb = sure if level == "trip" else unsure
-        too_good = " (too good is a fault too: labels may have leaked)" if not rising and self.good == "down" else ""
+        too_good = " (too good is a fault too, such as leaked labels)" if not rising and self.good == "down" else ""
         reason = (
             f"{self.metric} {verb} from {before:.4g} to {now:.4g}, {abs(score):.1f} times its noise, "
             f"since update {chart.since}{too_good}; healthy runs do so {odds(chart.once_in)}"

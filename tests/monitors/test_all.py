@@ -122,6 +122,27 @@ class TestEveryMonitor:
         json.dumps(monitor.state_dict(), allow_nan=False)
 
 
+WORSE = [*curve(300), *[0.8 + (value - 0.5) * 8 for value in curve(300, seed=3)]]
+"""A level that jumps, stays, and begins to jump about."""
+
+
+@pytest.mark.parametrize("kind", ["jump", "variance", "drift"])
+class TestUnits:
+    """Thresholds are in units of the run's own noise: one setting fits all."""
+
+    @settings(deadline=None, max_examples=15)
+    @given(scale=st.floats(1e-6, 1e6))
+    def test_another_unit_changes_nothing(self, kind, scale):
+        plain, scaled = build(kind), build(kind)
+        assert trips(feed(plain, WORSE)) == trips(feed(scaled, [value * scale for value in WORSE])) != []
+
+    def test_a_reward_is_a_loss_turned_over(self, kind):
+        if kind == "variance":
+            pytest.skip("variance has no direction")
+        loss, reward = build(kind, good="down"), build(kind, good="up")
+        assert trips(feed(loss, WORSE))[0] == trips(feed(reward, [-value for value in WORSE]))[0]
+
+
 class TestDefaults:
     def test_a_loss_is_watched_by_all_that_suit_it(self):
         kinds = [type(m).__name__ for m in monitors.defaults("loss", good="down", min=0)]

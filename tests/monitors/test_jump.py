@@ -58,7 +58,7 @@ class TestTrips:
         signal = first_trip(feed(jump(), step(1.2)))
         assert signal.reason == (
             "loss fell from 2.009 to 1.201, 13.7 times its noise, since update 200 "
-            "(too good is a fault too: labels may have leaked); healthy runs do so once in 990,000 readings"
+            "(too good is a fault too, such as leaked labels); healthy runs do so once in 990,000 readings"
         )
 
     def test_a_slow_collapse_of_a_reward_trips(self):
