@@ -136,11 +136,11 @@ class TestUnits:
         plain, scaled = build(kind), build(kind)
         assert trips(feed(plain, WORSE)) == trips(feed(scaled, [value * scale for value in WORSE])) != []
 
-    def test_a_reward_is_a_loss_turned_over(self, kind):
-        if kind == "variance":
-            pytest.skip("variance has no direction")
-        loss, reward = build(kind, good="down"), build(kind, good="up")
-        assert trips(feed(loss, WORSE))[0] == trips(feed(reward, [-value for value in WORSE]))[0]
+
+@pytest.mark.parametrize("kind", ["jump", "drift"])
+def test_a_reward_is_a_loss_turned_over(kind):
+    loss, reward = build(kind, good="down"), build(kind, good="up")
+    assert trips(feed(loss, WORSE))[0] == trips(feed(reward, [-value for value in WORSE]))[0]
 
 
 class TestDefaults:
