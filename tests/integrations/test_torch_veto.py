@@ -475,7 +475,41 @@ class TestAroundTheVeto:
         assert run.digest() == before
 
 
+class Standing(optim.SGD):
+    """Keeps its count in its options, and a `step` in its state that never moves, as some of other packages do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter].setdefault("step", 0)
+
+
+class Striding(Standing):
+    """Counts as all do."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for state in self.state.values():
+            state["step"] += 1
+
+
 class TestTheWitness:
+    def test_a_counter_of_another_package_is_believed_once_it_has_counted(self):
+        for cls, found in ((Standing, ""), (Striding, "a step was allowed and the optimizer did not take it")):
+            run = Run("AdamW", "default", veto=False)
+            run.optimizer = cls(run.model.parameters(), lr=0.1)
+            takes = [True]
+            inner = run.optimizer.step
+            run.optimizer.step = lambda inner=inner, takes=takes: inner() if takes[0] else None
+            run.veto = Veto(run.optimizer)
+            for _ in range(4):
+                run.good()
+                assert run.veto.trouble() == ""
+            takes[0] = False
+            run.good()
+            assert run.veto.trouble() == found
+
     @pytest.mark.parametrize("name", ["AdamW", "Adagrad", "SGD", "SGD-momentum"])
     def test_a_kernel_that_steps_in_spite_of_the_flag_is_found_out(self, name):
         run = Run(name, "fused")

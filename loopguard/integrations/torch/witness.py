@@ -44,9 +44,11 @@ class Witness:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
+        torchs = type(optimizer).__module__.startswith("torch.optim.")
         # Fused kernels, and those of other packages, write without torch counting it.
-        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
-        self._writes_are_counted = type(optimizer).__module__.startswith("torch.optim.") and not fused
+        self._writes_are_counted = torchs and not getattr(optimizer, "_step_supports_amp_scaling", False)
+        # Some of other packages have a `step` that stands still: theirs is believed once it has moved by one.
+        self._counts = torchs
         self._parameter: torch.Tensor | None = None
         self._count: Number = math.nan
         self._between: Number = math.nan
@@ -74,7 +76,10 @@ class Witness:
             return None
         count = self._counter(parameter)
         if count is not None:
-            evidence = Evidence(withheld, self._between, _minus(count, self._count), math.nan, math.nan)
+            counted = _minus(count, self._count)
+            believed = self._counts
+            self._counts = believed or (isinstance(counted, float) and counted == 1)
+            evidence = Evidence(withheld, self._between, counted, math.nan, math.nan) if believed else None
         elif self._sample is not None:
             moved = (_sample(parameter) != self._sample) & ~self._sample.isnan()
             ran = float(parameter._version != self._version) if self._writes_are_counted else math.nan
