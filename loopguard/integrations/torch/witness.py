@@ -44,7 +44,7 @@ class Witness:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        torchs = type(optimizer).__module__.startswith("torch.optim.")
+        torchs = f"{type(optimizer).__module__}.".startswith("torch.optim.")
         # Fused kernels, and those of other packages, write without torch counting it.
         self._writes_are_counted = torchs and not getattr(optimizer, "_step_supports_amp_scaling", False)
         # Some of other packages have a `step` that stands still: theirs is believed once it has moved by one.
@@ -121,7 +121,7 @@ def judge(evidence: Evidence | None) -> str:
     if withheld:
         applied = counted > 0 or moved > 0
         return "a step was withheld and the optimizer took it all the same" if applied else ""
-    if counted == 0 or ran == 0:
+    if counted == 0 or (ran == 0 and not moved):
         return "a step was allowed and the optimizer did not take it"
     return f"one step was allowed and the optimizer counted {counted:g}" if counted > 1 else ""
 
