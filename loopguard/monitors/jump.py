@@ -159,7 +159,7 @@ class Jump:
             up = (value - self._high) / self._noise
             down = (self._low - value) / self._noise
             if self._quiet and up <= _LEAST_SLACK and down <= _LEAST_SLACK:
-                # `_learn`, without the call: nine readings of ten end here.
+                # `_learn`, without the call: most readings end here.
                 self._base.append(value)
                 self._fresh += 1
                 if self._fresh >= _REFIT:
