@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,11 +13,15 @@ import pytest
 torch = pytest.importorskip("torch", reason="the reference loops train")
 pytest.importorskip("transformers", reason="the reference loops train")
 
+from conftest import POLICY
+
 from loopguard.audit import read
-from loopguard.controller import Cycle
+from loopguard.controller import Cycle, LoopGuard
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.pipelines.toolformer import parse_plant, run
 from loopguard.pipelines.toolformer.faults import HIDDEN_ATTEMPTS, PLAIN_ATTEMPTS
+from loopguard.policy.load import load
+from loopguard.testing import fake_runtimes
 
 pytestmark = pytest.mark.train
 
@@ -186,6 +192,71 @@ class TestPlanted:
         freeze, _, _ = frozen("tool-escape")
         assert (freeze["gate"], freeze["rule"]) == ("tool", "rate:refused")
         assert not any(calculator.programs[attempt] for attempt in PLAIN_ATTEMPTS)
+
+
+class TestReproduced:
+    """In a new process every loss that led to the freeze comes out the same to the bit, and so do the weights."""
+
+    @pytest.fixture
+    def replayed(self, learned, learnable, tmp_path, calculator):
+        """Plants a fault in a copy of the honest run, and replays what its freeze left behind."""
+        promoted, _, _ = learned
+        shutil.copytree(promoted, tmp_path / "run")
+        # One honest candidate more than this many is a gain here; in the honest run it is not judged.
+        policy = tmp_path / "policy.yaml"
+        policy.write_text(
+            POLICY.replace(
+                "correct, good: up, min: 0, max: 1, max_gain: 1", "correct, good: up, min: 0, max: 1, max_gain: 0.1"
+            )
+        )
+
+        def replay(fault, *, cycle):
+            options, task = learnable(cycles=cycle, plant=parse_plant(f"{fault}@{cycle}"))
+            guard = LoopGuard.from_file(
+                policy,
+                run_dir=tmp_path / "run",
+                runtimes=fake_runtimes(calculator),
+                adopt_policy=load(policy).digest,
+            )
+            with guard, pytest.raises(LoopFrozen):
+                run(guard, options, task=task)
+            [freeze] = of_type(tmp_path / "run", "freeze.entered")
+            module = "loopguard.pipelines.toolformer.replay"
+            words = ["reproduce", str(tmp_path / "run" / freeze["capsule"]), "-m", module, "--json"]
+            done = subprocess.run(
+                [sys.executable, "-m", "loopguard.cli", *words],
+                capture_output=True,
+                text=True,
+                timeout=300,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr + done.stdout
+            return freeze, json.loads(done.stdout)
+
+        return replay
+
+    @pytest.mark.parametrize(
+        ("fault", "updates"), [("nan", 11), ("negative-loss", 11), ("label-leak", None), ("gain", 160)]
+    )
+    def test_a_freeze_over_updates(self, replayed, fault, updates):
+        """From the promotion to the update that froze the run, or to the candidate that did."""
+        freeze, told = replayed(fault, cycle=2)
+        assert freeze["gate"] == ("promotion" if fault == "gain" else "update")
+        assert told["same"]
+        assert told["state"] == "same"
+        if updates is not None:
+            assert len(told["updates"]) == updates
+        if freeze["update"] is not None:
+            assert told["updates"][-1]["update"] == freeze["update"]
+
+    @pytest.mark.parametrize("fault", ["answer-leak", "verifier-bug", "tool-escape"])
+    def test_a_freeze_over_data_or_tools_replays_what_led_to_its_actor(self, replayed, fault):
+        freeze, told = replayed(fault, cycle=3)
+        assert freeze["gate"] in ("data", "tool")
+        assert told["same"]
+        assert told["state"] == "same"
+        assert len(told["updates"]) == 40
+        assert "what led to it" in told["notes"][-1]
 
 
 def test_hidden_attempts_hold_nothing_that_a_pattern_over_their_text_would_find():
