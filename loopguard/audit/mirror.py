@@ -23,7 +23,7 @@ _MOST_CHARS = 200
 _QUIET = frozenset(
     (
         *("run.started", "run.finished", "policy.loaded", "eval.finished", "promotion.applied"),
-        *("resume.applied", "note.added"),
+        *("resume.applied", "note.added", "model.attached", "snapshot.written", "update.expected"),
     )
 )
 
