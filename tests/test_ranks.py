@@ -17,8 +17,6 @@ torch = pytest.importorskip("torch", reason="ranks need torch")
 from loopguard.audit import read
 from loopguard.audit.verify import OK, UNANCHORED, verify
 from loopguard.cli.app import main
-from loopguard.controller.ranks import Place, place
-from loopguard.errors import UsageError
 from loopguard.snapshots import SnapshotStore, read_capsule
 from loopguard.state import standing, submit
 
@@ -289,24 +287,3 @@ def test_a_rank_that_dies_without_a_latch_is_settled_and_the_run_goes_on(tmp_pat
     for stream in ("controller", "rank-1"):
         assert entries(tmp_path, "run", stream, "update.settled")
         assert verify(tmp_path / "run" / "run", stream=stream).code in (OK, UNANCHORED)
-
-
-class TestWhichRank:
-    def test_one_process_is_the_only_rank(self, monkeypatch):
-        monkeypatch.delenv("RANK", raising=False)
-        monkeypatch.delenv("WORLD_SIZE", raising=False)
-        assert place() == Place(0, 1)
-        assert place().leads
-        assert place().stream == "controller"
-
-    def test_torchrun_says_which_in_the_environment(self, monkeypatch):
-        monkeypatch.setenv("RANK", "2")
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        assert place() == Place(2, 4)
-        assert place().stream == "rank-2"
-
-    def test_an_impossible_environment_is_refused(self, monkeypatch):
-        monkeypatch.setenv("RANK", "4")
-        monkeypatch.setenv("WORLD_SIZE", "4")
-        with pytest.raises(UsageError, match="RANK=4 and WORLD_SIZE=4"):
-            place()

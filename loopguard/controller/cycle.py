@@ -231,7 +231,8 @@ class Cycle:
         number = guard._updates + 1
         if early is None:
             self._early_holding = ()
-            decision = guard._agree(self._own(values, absent=absent), at="update")
+            own = self._own(values, absent=absent)
+            decision = guard._agree(own, at="overflow" if taken.overflowed else "update")
         else:
             decision = self._with_norm(early, values, number, absent=absent)
         if decision.result == "allow":
@@ -285,6 +286,9 @@ class Cycle:
     def _stage(self, learner: Learner, loss: Any, *, clip_norm: float | None, readings: Mapping[str, Any]) -> Decision:
         """Let the device decide about this update, and take in what became of the one before."""
         guard = self._guard
+        if guard._consensus.several:
+            with guard._telling():
+                guard._lease(guard._updates + 1, cycle=self.number)  # while they can still agree not to
         if not self._collect(learner):
             learner.discard()
             return _DISCARDED

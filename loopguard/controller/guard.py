@@ -312,7 +312,8 @@ class LoopGuard:
                 continue
             self._cells.start()
             cycle = Cycle(self, number)
-            self._log.append("cycle.started", {}, cycle=number)
+            with self._telling():
+                self._log.append("cycle.started", {}, cycle=number)
             yield cycle
             if not cycle.discarded:
                 self._end(cycle)
@@ -429,7 +430,7 @@ class LoopGuard:
 
     def _agree(self, own: Decision, *, at: At) -> Decision:
         """What all ranks do about the update or the promotion at hand."""
-        number = self._updates + 1 if at == "update" else self._updates
+        number = self._updates + (at in ("update", "overflow"))
         return self._consensus.answer(self._consensus.ask(own, at=at, number=number))
 
     def _count_skip(self, update: int) -> None:

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from loopguard.policy.schema import GuardPolicy
 
-At = Literal["update", "promote", "apply", "cycle"]
-"""Where the ranks agree."""
+At = Literal["update", "overflow", "promote", "apply", "cycle"]
+"""Where the ranks agree. An update whose gradients do not fit is a place of its own: all overflow, or none."""
 
 QUIET = Decision(result="allow", gate="update", rule="default", reason="this rank has nothing to say")
 _PLACES = get_args(At)
@@ -221,9 +221,9 @@ class Consensus:
         if not level:
             return asked.own
         told = self._told(asked.own)
-        if told is None:
-            return _named(_decision(level, self._rules[code]), rank)
-        return asked.own if rank == self.place.rank else _named(told[rank], rank)
+        if rank == self.place.rank:
+            return asked.own
+        return _named(told[rank] if told is not None else _decision(level, self._rules[code]), rank)
 
     def _gravest(self, own: Decision) -> Decision:
         return self._said if self._said is not None and _level(self._said) >= _level(own) else own
