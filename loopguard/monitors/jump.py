@@ -30,6 +30,8 @@ _PULL = 3.0
 """In noise units: a reading further out enters the baseline as if it were so far out."""
 _FLOOR = 0.002
 """The least noise assumed, as a share of the level: a nearly constant curve is not infinitely sure of itself."""
+_FLOOR_BETTER = 0.01
+"""The same below a loss: a fall of less than some 4 % is no leak of labels that anybody would stop a run for."""
 _MEMORY = 0.5
 """The least noise assumed, as a share of what has been typical."""
 _OUTER_NOISE, _OUTER_LEVEL, _OUTER_SPAN = 100.0, 20.0, 3.0
@@ -50,12 +52,14 @@ class Jump:
 
         noise = max(IQR / 1.349, (q90 - q10) / 2.563, half of what it typically was, 0.2 % of the level)
 
-    where the second term keeps losses with two humps from looking like jumps. On the worse side a reading is compared
-    with the level of the last third, on the better side with the line carried on, so that neither a steady fall nor its
-    end is a jump. The distance in noise units goes into two winsorised CUSUMs (see `Chart`): `min(z, 7) - 3`, which
-    takes four readings that agree, and on the worse side `min(z, 4) - 1.25` for smaller changes, which takes longer.
-    While a sum is above 3 the readings wait beside the baseline: it cannot learn the jump. They join it if the sum
-    falls back to 0, so one outlier or a short run of them is a note and no trip.
+    where the second term keeps losses with two humps from looking like jumps. Few readings count as noisier, and below a
+    loss the noise is 1 % of the level at least. On the worse side a reading is compared with the level of the last third,
+    on the better side with the line carried on, so that neither a steady fall nor its end is a jump.
+
+    The distance in noise units goes into two winsorised CUSUMs (see `Chart`): `min(z, 7) - 3`, which takes four readings
+    that agree, and on the worse side `min(z, 4) - 1.25` for smaller changes, which takes longer. While a sum is above 3
+    the readings wait beside the baseline: it cannot learn the jump. They join it if the sum falls back to 0, so one
+    outlier or a short run of them is a note and no trip.
 
     Where `good` is down, a fall counts like a rise: it is how a leak of the labels looks. It counts once a window is
     full, since every loss falls at the start. Where `good` is up, gains are noted; where it is none, both sides are
@@ -146,7 +150,9 @@ class Jump:
         self._full = False
         self._quiet = True
         self._level = self._high = self._low = 0.0
-        self._noise = self._least_noise = 1e-12
+        self._sink = self._lift = 0.0
+        """What an improvement under way does to its side from reading to reading."""
+        self._noise = self._noise_below = self._least_noise = 1e-12
         self._width = 0.0
         self._reach = math.inf
         for chart in self._charts:
@@ -156,8 +162,10 @@ class Jump:
         """Take a value and judge it; while not `armed`, and for the first `warmup` values, only learn from it."""
         if self._ready and armed and at < self._due:
             self._seen += 1
+            self._low += self._sink
+            self._high += self._lift
             up = (value - self._high) / self._noise
-            down = (self._low - value) / self._noise
+            down = (self._low - value) / self._noise_below
             if self._quiet and up <= _LEAST_SLACK and down <= _LEAST_SLACK:
                 # `_learn`, without the call: most readings end here.
                 self._base.append(value)
@@ -245,6 +253,7 @@ class Jump:
         first, last = sorted(values[:third])[third // 2], sorted(values[-third:])[third // 2]
         ordered = sorted(values)
         level = end = ordered[n // 2]
+        trend = 0.0
         noise = _spread(ordered)
         rise = last - first
         unsure = 2.4 * noise / math.sqrt(n)
@@ -259,17 +268,20 @@ class Jump:
             self._usual += (math.log(max(noise, 1e-100)) - self._usual) / min(self._fits, 15)
             self._least_noise = _MEMORY * math.exp(self._usual)
         noise *= 1 + _YOUNG * (self.window - n) / self.window
-        self._noise = max(noise, self._least_noise, _FLOOR * abs(level), 1e-12)
+        self._noise = self._noise_below = max(noise, self._least_noise, _FLOOR * abs(level), 1e-12)
+        if self.good == "down":
+            self._noise_below = max(self._noise, _FLOOR_BETTER * abs(level))
         self._level = self._high = self._low = level
+        self._sink = self._lift = 0.0
         if end < level:
             # Falling: below, the line carried on; above, what was reached of late, unless the fall is for the worse.
             self._low = min(end, last)
             if self.good != "up":
-                self._high = last
+                self._high, self._sink = last, trend
         elif end > level:
             self._high = max(end, last)
             if self.good != "down":
-                self._low = last
+                self._low, self._lift = last, trend
         self._full = self._full or n == self.window
         self._width *= 0.995
         width = max(self._width, ordered[-1] - ordered[0])
@@ -306,7 +318,7 @@ class Jump:
             return self._absurd(value, at)
         self._seen += 1
         up = (value - self._high) / self._noise
-        down = (self._low - value) / self._noise
+        down = (self._low - value) / self._noise_below
         kinds = {each.kind for each in now}
         both = kinds != {"epoch"} or self.good == "none"
         self._take(0.0 if both or self.good == "up" else up, 0.0 if both or self.good == "down" else down, at)
@@ -336,6 +348,7 @@ class Jump:
         level = median(self._base)
         self._width = max(self._width, abs(level - self._level))
         self._level = self._high = self._low = level
+        self._sink = self._lift = 0.0
 
     def _range(self) -> tuple[float | None, float | None]:
         low, high = self._low - _PULL * self._noise, self._high + _PULL * self._noise
@@ -349,7 +362,7 @@ class Jump:
         rising = chart in self._up
         before = self._high if rising else self._low
         now = self._lately()
-        score = (now - before) / self._noise
+        score = (now - before) / (self._noise if rising else self._noise_below)
         sure, unsure = ("went up", "may be going up") if rising else ("fell", "may be falling")
         verb = sure if level == "trip" else unsure
         too_good = " (too good is a fault too, such as leaked labels)" if not rising and self.good == "down" else ""
@@ -414,7 +427,7 @@ class Jump:
 
 _KEPT = (
     "seen", "fits", "usual", "fresh", "ready", "full", "quiet",
-    "level", "high", "low", "noise", "least_noise", "width", "after",
+    "level", "high", "low", "sink", "lift", "noise", "noise_below", "least_noise", "width", "after",
 )  # fmt: skip
 
 

@@ -79,6 +79,11 @@ class TestStaysQuiet:
         curve = noisy(lambda at: 2.0 + 9.0 * math.exp(-at / tau), 1000, seed=3)
         assert trips(feed(jump(), curve)) == []
 
+    @pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+    def test_a_curve_without_noise_may_fall_faster_and_faster(self, power):
+        """Full batches: there is no noise to compare a bend with."""
+        assert trips(feed(jump(), [10.0 - 8.0 * (at / 800) ** power for at in range(800)])) == []
+
     def test_a_knee_of_the_learning_rate_is_quiet(self):
         curve = noisy(lambda at: 2.0 - 0.24 * (1 - math.exp(-max(0, at - 300) / 100)), 700, seed=4)
         assert trips(feed(jump(), curve)) == []
