@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -66,6 +67,13 @@ def pointer(run_dir: Path) -> dict[str, Any]:
     return json.loads((run_dir / "snapshots" / "promoted.json").read_text())
 
 
+def reproduced(told: Told) -> bool:
+    """Whether a new process gets the same bits from the capsule."""
+    words = ["reproduce", str(told.run_dir / told.freeze["capsule"]), "-m", "loopguard.pipelines.toolformer.replay"]
+    done = subprocess.run([sys.executable, "-m", "loopguard.cli", *words], capture_output=True, check=False)
+    return done.returncode == 0
+
+
 def always(told: Told, gates: str) -> Iterable[tuple[str, bool]]:
     """What must be true of every fault."""
     yield "frozen once", len(told.freezes) == 1
@@ -73,6 +81,8 @@ def always(told: Told, gates: str) -> Iterable[tuple[str, bool]]:
     yield "nothing of cycle 2 was promoted", not told.body("promotion.applied")
     yield "the actor is that of cycle 1", told.pointer == told.before
     yield "the log verifies", runs.log_is_whole(told.run_dir)
+    if told.freeze and told.freeze["gate"] in ("update", "promotion"):
+        yield "a new process gets the same losses and weights, to the bit", reproduced(told)
 
 
 def withheld(told: Told) -> Iterable[tuple[str, bool]]:

@@ -25,8 +25,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 import runs
 
 from loopguard.audit import read
-from loopguard.monitors.jump import Jump
-from loopguard.types import Reading
 
 
 def evaluations(run_dir: Path) -> list[dict[str, Any]]:
@@ -36,13 +34,12 @@ def evaluations(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def movements(run_dir: Path) -> dict[str, float]:
-    """The largest change in one cycle: of each panel metric, of the kept share, and of the loss in noise units."""
+    """The largest change in one cycle of each panel metric and of the kept share; warnings of the loss's monitors."""
     largest: dict[str, float] = defaultdict(float)
     panels, kept = [evaluation["panel"] for evaluation in evaluations(run_dir)], None
     for before, after in itertools.pairwise(panels):
         for metric in after:
             largest[metric] = max(largest[metric], after[metric] - before[metric], key=abs)
-    jump = Jump(metric="loss")
     for entry in read.entries(run_dir):
         if entry.type == "data.admitted" and entry.body["kept_share"] is not None:
             share = entry.body["kept_share"]
@@ -50,10 +47,8 @@ def movements(run_dir: Path) -> dict[str, float]:
             if kept:
                 largest["kept_share, relative"] = max(largest["kept_share, relative"], share / kept - 1, key=abs)
             kept = share
-        if entry.type == "update.applied" and entry.cycle != 0:
-            for at, loss in enumerate(entry.body["readings"]["loss"], start=entry.body["from"]):
-                score = jump.read(Reading(metric="loss", value=loss, at=at), armed=True).score or 0.0
-                largest["loss, noise units"] = max(largest["loss, noise units"], score, key=abs)
+        if entry.type == "update.applied":
+            largest["loss, warnings"] += len(entry.body["notes"]) + entry.body["notes_left_out"]
     return dict(largest)
 
 

@@ -296,6 +296,7 @@ def explain(freeze: Freeze, run_dir: str) -> list[str]:
         ("weights", weights_told(freeze)),
         ("actor", actor_told(freeze)),
         ("evidence", f"{run_dir}/{body['capsule']}" if body.get("capsule") else ""),
+        ("replay", f"loopguard reproduce {folder}/{body['capsule']} -m MODULE" if body.get("capsule") else ""),
         ("resumed", resumed_told(freeze)),
         ("next", "; ".join(freeze.next) if freeze.resumed is None else ""),
         ("look", f"loopguard audit report {folder}" if freeze.resumed is None else ""),
