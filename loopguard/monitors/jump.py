@@ -52,14 +52,14 @@ class Jump:
 
         noise = max(IQR / 1.349, (q90 - q10) / 2.563, half of what it typically was, 0.2 % of the level)
 
-    where the second term keeps losses with two humps from looking like jumps. Few readings count as noisier, and below a
-    loss the noise is 1 % of the level at least. On the worse side a reading is compared with the level of the last third,
-    on the better side with the line carried on, so that neither a steady fall nor its end is a jump.
+    where the second term keeps losses with two humps from looking like jumps. Few readings count as noisier, and below
+    a loss the noise is 1 % of the level at least. On the worse side a reading is compared with the level of the last
+    third, on the better side with the line carried on, so that neither a steady fall nor its end is a jump.
 
-    The distance in noise units goes into two winsorised CUSUMs (see `Chart`): `min(z, 7) - 3`, which takes four readings
-    that agree, and on the worse side `min(z, 4) - 1.25` for smaller changes, which takes longer. While a sum is above 3
-    the readings wait beside the baseline: it cannot learn the jump. They join it if the sum falls back to 0, so one
-    outlier or a short run of them is a note and no trip.
+    The distance in noise units goes into two winsorised CUSUMs (see `Chart`): `min(z, 7) - 3`, which takes four
+    readings that agree, and on the worse side `min(z, 4) - 1.25` for smaller changes, which takes longer. While a sum
+    is above 3 the readings wait beside the baseline: it cannot learn the jump. They join it if the sum falls back to 0,
+    so one outlier or a short run of them is a note and no trip.
 
     Where `good` is down, a fall counts like a rise: it is how a leak of the labels looks. It counts once a window is
     full, since every loss falls at the start. Where `good` is up, gains are noted; where it is none, both sides are
