@@ -1,10 +1,11 @@
 """What it costs that two ranks agree on every update.
 
-A DDP step without a guard, with one, and with one whose verdict is asked for between forward and backward.
+A DDP step without a guard, with the bare reduction, with a guard, and with one that is asked between forward and
+backward.
 
     python benchmarks/reduction.py [--steps 200] [--width 512] [--layers 8]
 
-Starts two ranks over gloo on this machine and prints one JSON object. The three loops take turns step by step, so that
+Starts two ranks over gloo on this machine and prints one JSON object. The four loops take turns step by step, so that
 whatever else the machine does falls on all of them; `more_ms` is the median of the differences within a turn. All of it
 is of rank 0. With fewer free cores than ranks it says more about the machine than about the guard.
 """
@@ -77,6 +78,21 @@ class Loop:
         self.optimizer.zero_grad()
 
 
+class Reduced(Loop):
+    """Without a guard, and with the bare reduction where a guard has it."""
+
+    def __init__(self, options: argparse.Namespace, peers: Any) -> None:
+        super().__init__(options)
+        self.peers = peers
+
+    def step(self) -> None:
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.bare.parameters(), 1.0)
+        self.peers.finish(self.peers.start([0, 8, -8, 0, 0]))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
 class Guarded(Loop):
     """The same under a guard."""
 
@@ -131,7 +147,8 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     after, early = Guarded(options, folder, early=False), Guarded(options, folder, early=True)
     peers = after.guard._consensus.peers
     reduction_us = median_us(lambda: peers.finish(peers.start([0, 8, -8, 0, 0])))
-    loops = {"no_guard": Loop(options), "agreed_in_update": after, "asked_in_forward": early}
+    loops = {"no_guard": Loop(options), "reduction_alone": Reduced(options, peers)}
+    loops |= {"agreed_in_update": after, "asked_in_forward": early}
     steps = medians_ms(loops, options.steps)
     for loop in (after, early):
         loop.guard.close()

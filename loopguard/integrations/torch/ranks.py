@@ -9,6 +9,7 @@ for, and a snapshot that is being written never holds up a decision. They have t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -39,6 +40,7 @@ class TorchPeers:
     def __init__(self, learner: TorchLearner) -> None:
         self.place = Place(dist.get_rank(), dist.get_world_size())
         self._learner = learner
+        _talking(_pass_over_names)
         self._decisions = _talking(lambda: dist.new_group(backend="gloo", timeout=_timeout()))
         self._snapshots = _talking(lambda: dist.new_group(backend="gloo", timeout=_timeout()))
         self._trouble = ""
@@ -133,6 +135,16 @@ def _talking(act: Callable[[], T]) -> T:
     except RuntimeError as error:
         # What torch raises where a rank is gone or too late has no type of its own on gloo.
         raise ConnectionError(str(error).strip().partition("\n")[0]) from error
+
+
+def _pass_over_names() -> None:
+    """Let the groups of this start have names that no earlier start has used.
+
+    torch numbers groups, and torchrun may keep one store for all starts: under an old name a rank finds the address of
+    a dead one. A group of rank 0 alone connects to nobody.
+    """
+    for _ in range(2 * int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))):
+        dist.new_group(ranks=[0], backend="gloo")
 
 
 def _timeout() -> timedelta | None:
