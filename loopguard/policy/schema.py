@@ -436,6 +436,14 @@ class DriftRule(_DirectedRule):
     """A metric that must not get slowly worse."""
 
     kind: Literal["drift"] = Field(description=MONITOR_KINDS)
+    min_change: Annotated[float, Field(ge=0, le=1000)] = 0.03
+
+    def problems(self) -> Iterator[Problem]:
+        """Slowly worse has to be something."""
+        yield from super().problems()
+        if (self.good or _KNOWN_GOOD.get(self.metric)) == "none":
+            tail = "drift finds what gets slowly worse, and has to know which way that is: write up or down"
+            yield ("good",), f"is none for {self.metric}; {tail}"
 
 
 class VarianceRule(Section):
