@@ -44,6 +44,11 @@ SPIKES = {"nan": "nan", "finite": 1e6}
 SPIKED = {
     f"{kind}-{spike}": {**HEALTHY[kind], "factor": {"1/6": SPIKES[spike]}} for kind in HEALTHY for spike in SPIKES
 }
+GOING_ON = {
+    f"{kind}-{part}": {**HEALTHY[kind], "cycles": cycles, "goes_on": f"{kind}-first"}
+    for kind in ("ddp", "ddp-accumulated", "fsdp", "fsdp-late")
+    for part, cycles in (("first", 1), ("rest", 2))
+}
 OTHERS = {
     "skip": {
         "freeze": "on_trip: skip, skip_at_most: {updates: 1, per: 100}",
@@ -104,7 +109,7 @@ def folder(tmp_path_factory):
     """The runs of every plan above, and each healthy one without a guard."""
     folder = tmp_path_factory.mktemp("ranks")
     bare = {f"{name}-bare": {**plan, "guard": False} for name, plan in HEALTHY.items()}
-    finish(folder, start(folder, {**HEALTHY, **bare, **SPIKED, **OTHERS}))
+    finish(folder, start(folder, {**HEALTHY, **bare, **SPIKED, **GOING_ON, **OTHERS}))
     return folder
 
 
@@ -168,6 +173,19 @@ def test_the_ranks_write_one_snapshot_for_each_promotion(folder, name):
     for stream in ("controller", "rank-1"):
         last = [entry.body["snapshot"] for entry in entries(folder, name, stream, "snapshot.written")][-1]
         assert last == promoted.snapshot
+
+
+@pytest.mark.parametrize("kind", ["ddp", "ddp-accumulated", "fsdp", "fsdp-late"])
+def test_a_run_goes_on_from_the_snapshot_of_all_ranks_bit_for_bit(folder, kind):
+    """Each rank with its own generators, and under FSDP2 with its own shards."""
+    for first, rest, healthy in zip(
+        told(folder, f"{kind}-first"), told(folder, f"{kind}-rest"), told(folder, kind), strict=True
+    ):
+        assert rest["error"] == ""
+        assert rest["cycle"] == 1
+        assert rest["restored"] == first["at_the_end"]
+        assert first["digests"] + rest["digests"] == healthy["digests"]
+        assert first["losses"] + rest["losses"] == healthy["losses"]
 
 
 def test_a_batch_that_one_rank_drops_is_dropped_by_all_and_counts_for_all(folder):

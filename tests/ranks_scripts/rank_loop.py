@@ -28,6 +28,7 @@ from loopguard.types import Provenance, Record
 
 DEFAULTS = {
     "name": "run",
+    "goes_on": None,  # the name of the plan whose run directory this one goes on with
     "spread": "ddp",  # or fsdp
     "optimizer": "adamw",  # or fused, sgd
     "guard": True,
@@ -80,6 +81,7 @@ class Run:
         self.plan = DEFAULTS | plan
         self.folder = folder / self.plan["name"]
         self.folder.mkdir(exist_ok=True)
+        self.run_dir = folder / (self.plan["goes_on"] or self.plan["name"]) / "run"
         policy = POLICY.format(freeze=self.plan["freeze"], max_norm=self.plan["max_norm"])
         self.policy = self.folder / f"policy-{dist.get_rank()}.yaml"
         self.policy.write_text(policy + self.plan["policy_tail"].get(str(dist.get_rank()), ""))
@@ -151,7 +153,7 @@ class Run:
         self.told["digests"].append(self.digest())
 
     def guarded(self) -> None:
-        with LoopGuard.from_file(self.policy, run_dir=self.folder / "run", runtimes=fake_runtimes("4")) as guard:
+        with LoopGuard.from_file(self.policy, run_dir=self.run_dir, runtimes=fake_runtimes("4")) as guard:
             late = True if self.plan["late"] else None
             guard.attach(model=self.bare, optimizer=self.optimizer, scheduler=self.scheduler, late=late)
             self.told["restored"] = self.digest()
