@@ -236,6 +236,12 @@ def test_a_refused_admission_still_hands_out_what_keeps_the_ranks_in_step(folder
     assert [one.get("admitted") for one in told(folder, "admission")] == [None, 1]
 
 
+def test_what_one_rank_wants_undone_is_undone_on_all(folder):
+    """Rank 1 refuses data after an update of its cycle was applied, so both go back to the promotion before."""
+    for one, healthy in zip(told(folder, "admission"), told(folder, "ddp"), strict=True):
+        assert one["at_the_end"] == healthy["digests"][3]
+
+
 def test_ranks_under_other_policies_refuse_to_start_together(folder):
     for one in told(folder, "policies"):
         assert one["error"].startswith("UsageError: rank 1 has the guard policy")
