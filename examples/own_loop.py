@@ -98,7 +98,7 @@ with LoopGuard.from_file(POLICY, run_dir=RUN_DIR) as guard:
     for cycle in guard.cycles(4, warmup=True):
         drafts = [*human(cycle), *generate(actor, cycle, tool=cycle.tool("python"))]  # each call runs in a container
         admitted = cycle.admit(drafts)  # provenance, overlap with the held-out texts, the model's own share
-        for batch in batches(admitted.records):
+        for batch in cycle.batches(batches(admitted.records)):  # kept, so that a freeze can be replayed
             loss = loss_of(model, batch)
             loss.backward()
             cycle.update(loss=loss)  # decides, then steps the optimizer and zeroes the gradients
