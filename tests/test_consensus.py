@@ -264,6 +264,11 @@ class TestWhichRank:
         assert place().leads
         assert place().stream == "controller"
 
+    def test_a_rank_of_nobody_knows_how_many_says_nothing(self, monkeypatch):
+        monkeypatch.setenv("RANK", "3")
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert place() == Place(0, 1)
+
     def test_torchrun_says_which_in_the_environment(self, monkeypatch):
         monkeypatch.setenv("RANK", "2")
         monkeypatch.setenv("WORLD_SIZE", "4")

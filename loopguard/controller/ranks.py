@@ -294,9 +294,11 @@ def place() -> Place:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         return Place(distributed.get_rank(), distributed.get_world_size())
-    said = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    said = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if said[0] is None or said[1] is None:
+        return Place(0, 1)  # torchrun sets both; one of them may be anybody's
     try:
-        rank, count = map(int, said)
+        rank, count = int(said[0]), int(said[1])
     except ValueError:
         rank, count = -1, 0
     if not 0 <= rank < count:
