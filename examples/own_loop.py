@@ -9,7 +9,6 @@ adds to a loop; README.md shows it.
 
 from __future__ import annotations
 
-import itertools
 import random
 import sys
 from pathlib import Path
@@ -74,8 +73,10 @@ memory: list[tuple[tuple[int, int], int]] = []
 
 
 def batches(records):
+    """Twenty draws from all that was admitted so far."""
     memory.extend(record.payload for record in records)
-    return itertools.repeat(memory, 20)
+    draw = random.Random(len(memory))
+    return [draw.choices(memory, k=16) for _ in range(20)]
 
 
 def loss_of(network, batch):
@@ -98,6 +99,7 @@ with LoopGuard.from_file(POLICY, run_dir=RUN_DIR) as guard:
     for cycle in guard.cycles(4, warmup=True):
         drafts = [*human(cycle), *generate(actor, cycle, tool=cycle.tool("python"))]  # each call runs in a container
         admitted = cycle.admit(drafts)  # provenance, overlap with the held-out texts, the model's own share
+        guard.expect("data")  # this cycle's records are new, so the loss may step here
         for batch in cycle.batches(batches(admitted.records)):  # kept, so that a freeze can be replayed
             loss = loss_of(model, batch)
             loss.backward()
