@@ -304,6 +304,7 @@ class TestAcrossStarts:
                 break
             lab.promote(cycle)
         epoch = guard._log.epoch
+        guard._good.wait()
         guard._log.close()  # what a kill leaves: nothing was flushed
         with lab.open() as again:
             assert any("updates" in sentence for sentence in again.found)

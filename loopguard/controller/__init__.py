@@ -6,6 +6,10 @@ deciding.
 
     guard      the run: its directory, its log, its freeze, its boundary snapshot
     cycle      one pass: tools, admission, updates, promotion
+    ranks      what several ranks decide together
+    ledger     which updates may be applied, and which were
+    lastgood   the state that a freeze goes back to
+    rollback   the way to an earlier one
     calls      the path of every tool call
     tools      a tool as the loop sees it, and a rollout with a cell of its own
     station    tools without a loop

@@ -189,7 +189,7 @@ class Cycle:
         values = learner.measure({"loss": loss, **(readings or {})})
         own = self._own(values, absent=("grad_norm",))
         self._early_holding = guard._updates_gate.holding
-        self._early = _Early(values, guard._consensus.ask(own, at="update", number=guard._updates + 1))
+        self._early = _Early(values, guard._consensus.ask(own, at="update", number=guard._ledger.last + 1))
 
     def update(
         self,
@@ -228,7 +228,7 @@ class Cycle:
         taken = learner.readings(loss, readings or {})
         values = {**early.values, **taken.values, "loss": early.values["loss"]} if early is not None else taken.values
         absent = ("grad_norm",) if taken.overflowed else ()
-        number = guard._updates + 1
+        number = guard._ledger.last + 1
         if early is None:
             self._early_holding = ()
             own = self._own(values, absent=absent)
@@ -238,7 +238,7 @@ class Cycle:
         if decision.result == "allow":
             learner.apply(clip_norm=clip_norm)
             if taken.overflowed:
-                guard._overflows += 1
+                guard._ledger.enter_overflow()
                 self._tape(number, values, clip_norm=clip_norm, decision="overflow")
                 return OVERFLOW
             self._tape(number, values, clip_norm=clip_norm, decision="allow")
@@ -263,9 +263,9 @@ class Cycle:
 
     def _own(self, values: Mapping[str, float], *, absent: Collection[str] = ()) -> Decision:
         """Judge the update at hand by what this rank sees, under a lease."""
-        number = self._guard._updates + 1
+        number = self._guard._ledger.last + 1
         with self._guard._telling():
-            self._guard._lease(number, cycle=self.number)
+            self._guard._ledger.permit(number, cycle=self.number)
         return self._judge(values, number, absent=absent)
 
     def _with_norm(
@@ -288,16 +288,16 @@ class Cycle:
         guard = self._guard
         if guard._consensus.several:
             with guard._telling():
-                guard._lease(guard._updates + 1, cycle=self.number)  # while they can still agree not to
+                guard._ledger.permit(guard._ledger.last + 1, cycle=self.number)  # while they can still agree not to
         if not self._collect(learner):
             learner.discard()
             return _DISCARDED
-        number = guard._updates + 1
-        guard._lease(number, cycle=self.number)
+        number = guard._ledger.last + 1
+        guard._ledger.permit(number, cycle=self.number)
         gate = guard._updates_gate
         self._early_holding = ()
         learner.stage(loss, readings, limits=gate.limits(), update=number, latch=not gate.skips, clip_norm=clip_norm)
-        guard._updates = number
+        guard._ledger.last = number
         # Filled in when the device has told them.
         guard._awaited = {}
         self._tape(number, guard._awaited, clip_norm=clip_norm, decision="staged")
@@ -332,7 +332,7 @@ class Cycle:
         if decision.result == "skip":
             decision = replace(decision, result="freeze")
         learner.discard()
-        guard._updates = staged.update - 1
+        guard._ledger.last = staged.update - 1
         self._stopped(decision, staged.update, staged.values, in_time=staged.withheld)
         return False
 
@@ -362,10 +362,7 @@ class Cycle:
 
     def _applied(self, number: int, values: dict[str, float], decision: Decision) -> None:
         guard = self._guard
-        guard._updates = number
-        guard._pending.append((number, values))
-        if decision.signals:
-            guard._notes.extend(signal_facts(signal) for signal in decision.signals)
+        guard._ledger.enter(number, values, decision.signals)
         self._update_count += 1
         if guard._good.tape.full:
             guard._good.shorten(guard._whole_state(), guard._facts(cycle=self.number))
@@ -373,11 +370,11 @@ class Cycle:
     def _stopped(self, decision: Decision, number: int, values: dict[str, float], *, in_time: bool) -> Decision:
         """Record an update that did not happen, and freeze unless its batch may just be dropped."""
         guard = self._guard
-        guard._flush()
+        guard._ledger.flush()
         body = {"update": number, "readings": values, "signals": [signal_facts(s) for s in decision.signals]}
         if decision.result == "skip":
-            guard._updates = number
-            guard._count_skip(number)
+            guard._ledger.last = number
+            guard._updates_gate.skipped(number)
             guard._log.append("update.skipped", {**body, "reason": decision.reason}, cycle=self.number)
             return decision
         guard._log.append("update.withheld", body, cycle=self.number)
@@ -397,14 +394,13 @@ class Cycle:
             raise UsageError("a model is attached: call cycle.update(loss=loss), which decides and steps")
         if not self._enter():
             return _DISCARDED
-        number = guard._updates + 1
-        guard._lease(number, cycle=self.number)
+        number = guard._ledger.last + 1
+        guard._ledger.permit(number, cycle=self.number)
         decision = guard._updates_gate.decide(readings, update=number, armed=self.number > 0)
         if decision.result == "freeze":
             self._freeze(decision, update=number, readings=readings)
             return decision
-        guard._updates = number
-        guard._pending.append((number, dict(readings)))
+        guard._ledger.enter(number, dict(readings), decision.signals)
         return decision
 
     def promote(self, panel: Mapping[str, float], *, apply: Callable[[], object] | None = None) -> Decision:
@@ -428,7 +424,7 @@ class Cycle:
         previous = guard._good.promoted.panel if guard._good.promoted else None
         own = QUIET
         with guard._telling():
-            guard._flush()
+            guard._ledger.flush()
             guard._log.append("eval.finished", {"panel": values}, cycle=self.number)
             own = self._judge_panel(values, previous)
         decision = guard._agree(own, at="promote")
@@ -453,8 +449,8 @@ class Cycle:
             return decision
         guard._log.append("promotion.applied", {"actor": learner.actor_digest()}, cycle=self.number)
         # From here on it is what a freeze goes back to. It goes to disk beside the next cycle.
-        guard._good.promote(slot, cycle=self.number, update=guard._updates, panel=values)
-        guard._lease_to = guard._updates  # a lease ends with its cycle
+        guard._good.promote(slot, cycle=self.number, update=guard._ledger.last, panel=values)
+        guard._ledger.end_lease()
         self.promoted = True
         guard._log.append("cycle.finished", {"result": "promoted"}, cycle=self.number)
         guard._state.remember(cycle=self.number)

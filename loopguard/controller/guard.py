@@ -9,7 +9,6 @@ import sys
 import threading
 import time
 import uuid
-from collections import defaultdict
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +22,7 @@ from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.lastgood import LastGood
 from loopguard.controller.learner import Learner, LoopState, integration_for
+from loopguard.controller.ledger import Ledger
 from loopguard.controller.ranks import QUIET, At, Consensus, Place, SharedStore, await_layout, compare, place
 from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.gates.data import DataGate
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 _POLL_S = 0.5
 _EXPECTED = get_args(ExpectedKind)
-_NOTES = 100
-"""Warnings of monitors that one record of applied updates holds; more of them are counted."""
 
 
 class LoopGuard:
@@ -98,13 +96,8 @@ class LoopGuard:
         self._learner: Learner | None = None
         self._loop: LoopState | None = None
         self._config: dict[str, Any] = {}
-        self._updates = self._good.promoted.update if self._good.promoted else 0
-        self._lease_to = 0
-        self._pending: list[tuple[int, dict[str, float]]] = []
-        self._notes: list[dict[str, Any]] = []
-        """What monitors noted of the pending updates."""
-        self._overflows = 0
-        """Updates that a gradient scaler did not take, since the last record."""
+        last = self._good.promoted.update if self._good.promoted else 0
+        self._ledger = Ledger(log, lease=self.policy.updates.lease, last=last)
         self._awaited: dict[str, float] = {}
         """The readings of an update that the device has not told yet."""
         self._resumed: tuple[str, str] | None = None
@@ -192,7 +185,7 @@ class LoopGuard:
         if kind is not None and issubclass(kind, KeyboardInterrupt) and not self._closed:
             # The reason to be here is a person in a hurry; a log that fails now must not hide the interrupt.
             with suppress(AuditWriteError):
-                self._flush()
+                self._ledger.flush()
                 self._log.append("run.interrupted", {})
         self.close(finished=kind is None)
 
@@ -210,7 +203,7 @@ class LoopGuard:
             if self._log.degraded:
                 self._state.freeze_unwritable("the audit log could not be written")
             else:
-                self._flush()
+                self._ledger.flush()
                 if finished and not self._state.frozen:
                     self._log.append("run.finished", {"cycles": self.promoted_cycle or 0})
                 # A cache: an older one is still true of the record it names.
@@ -282,13 +275,12 @@ class LoopGuard:
         not cover still trips: a loss that rises at an epoch boundary, a value that is not a number. Raises UsageError
         for a change in the past or of another kind.
         """
-        first = self._updates + 1 if at is None else at
+        next_one = self._ledger.last + 1
+        first = next_one if at is None else at
         if kind not in _EXPECTED:
             raise UsageError(f"expect({kind!r}): that is no kind of change; expected one of {', '.join(_EXPECTED)}")
-        if first <= self._updates:
-            raise UsageError(
-                f"expect({kind!r}, at={first}): update {first} is over; the next one is {self._updates + 1}"
-            )
+        if first < next_one:
+            raise UsageError(f"expect({kind!r}, at={first}): update {first} is over; the next one is {next_one}")
         if span < 1:
             raise UsageError(f"expect({kind!r}, span={span}): a change shows in at least 1 update")
         self._updates_gate.expect(Expectation(kind=kind, at=first, span=span))
@@ -400,7 +392,7 @@ class LoopGuard:
         first = standings[0]
         self._good.share(store, Promoted(**first["promoted"]) if first["promoted"] else None)
         if not here.leads:
-            self._updates = self._good.promoted.update if self._good.promoted else 0
+            self._ledger.last = self._good.promoted.update if self._good.promoted else 0
             self._state.follow(count=first["count"], freeze=first["freeze"], reason=first["reason"])
             self._settle()
         consensus.stopped = bool(first["freeze"])
@@ -430,17 +422,8 @@ class LoopGuard:
 
     def _agree(self, own: Decision, *, at: At) -> Decision:
         """What all ranks do about the update or the promotion at hand."""
-        number = self._updates + (at in ("update", "overflow"))
+        number = self._ledger.last + (at in ("update", "overflow"))
         return self._consensus.answer(self._consensus.ask(own, at=at, number=number))
-
-    def _count_skip(self, update: int) -> None:
-        """Count a batch that another rank dropped here as well, so that the bound is the same on all of them."""
-        if not self._consensus.several:
-            return
-        state = self._updates_gate.state_dict()
-        if update not in state["skipped_at"]:
-            state["skipped_at"].append(update)
-            self._updates_gate.load_state_dict(state)
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -503,7 +486,7 @@ class LoopGuard:
         if self.policy.freeze.running_calls == "kill":
             self._cells.kill_running()
         self._drain()
-        self._flush()
+        self._ledger.flush()
         capsule = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
         restored = None
         if roll_back and self._learner is not None and self._good.held:
@@ -599,14 +582,14 @@ class LoopGuard:
             "policy": self.policy_digest,
             "versions": directories.versions(),
             "cycle": cycle,
-            "update": self._updates,
+            "update": self._ledger.last,
             "epoch": self._log.epoch,
         }
 
     def _whole_state(self) -> dict[str, Any]:
         return {
             "learner": self._held().state(),
-            "updates": self._updates,
+            "updates": self._ledger.last,
             "update_gate": self._updates_gate.state_dict(),
             "data_gate": self._data.state_dict(),
             "promotion_gate": self._promotions.state_dict(),
@@ -625,7 +608,7 @@ class LoopGuard:
         learner = self._held()
         if self._loop is not None:
             self._loop.load_state_dict(state["loop"])
-        self._updates = self._lease_to = state["updates"]
+        self._ledger.go_to(state["updates"])
         self._updates_gate.load_state_dict(state["update_gate"])
         self._data.load_state_dict(state["data_gate"])
         self._promotions.load_state_dict(state["promotion_gate"])
@@ -639,46 +622,18 @@ class LoopGuard:
             return
         self._awaited.update(staged.values)
         if staged.withheld:
-            self._updates = staged.update - 1
+            self._ledger.last = staged.update - 1
         else:
-            self._pending.append((staged.update, staged.values))
-
-    def _lease(self, update: int, *, cycle: int) -> None:
-        """One durable record permits the next few updates, instead of one for each."""
-        if update > self._lease_to:
-            self._flush()
-            self._lease_to = update + self.policy.updates.lease - 1
-            self._log.append("update.leased", {"from": update, "to": self._lease_to}, cycle=cycle)
-
-    def _flush(self) -> None:
-        """Record the updates that were applied since the last time; they are durable with the next control record."""
-        if not self._pending:
-            return
-        readings: dict[str, list[float]] = defaultdict(list)
-        for _, values in self._pending:
-            for metric, value in values.items():
-                readings[metric].append(value)
-        body: dict[str, Any] = {
-            "from": self._pending[0][0],
-            "to": self._pending[-1][0],
-            "readings": dict(readings),
-            "notes": self._notes[:_NOTES],
-            "notes_left_out": max(0, len(self._notes) - _NOTES),
-            "overflows": self._overflows,
-        }
-        self._pending.clear()
-        self._notes.clear()
-        self._overflows = 0
-        self._log.append("update.applied", body, sync=False)
+            self._ledger.enter(staged.update, staged.values)
 
     def _end(self, cycle: Cycle) -> None:
         """The loop's body is through. Weights that act must have been promoted."""
         if cycle.promoted or (self._learner is not None and not cycle._collect(self._learner)):
             return
-        self._flush()
+        self._ledger.flush()
         if self._learner is not None and self._learner.same_actor and self._good.held:
             self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
-        self._lease_to = self._updates
+        self._ledger.end_lease()
         self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)
 
     # What a start finds
@@ -698,7 +653,8 @@ class LoopGuard:
         if leads and trail.rolled_back is not None and trail.rolled_back != pointer:
             # A person went back, and the process died before the pointer moved.
             self._good.roll_back(trail.rolled_back)
-            pointer, self._updates = trail.rolled_back, self._good.promoted.update if self._good.promoted else 0
+            pointer = trail.rolled_back
+            self._ledger.last = self._good.promoted.update if self._good.promoted else 0
             self.found.append(f"the run goes back to {self._where()}, as somebody asked for")
         if trail.unsettled is not None and trail.unsettled != self.promoted_cycle:
             # Decided, perhaps applied, and not on disk: the pointer is what counts.

@@ -96,6 +96,11 @@ class UpdateGate:
             signals=tuple(warnings.values()),
         )
 
+    def skipped(self, update: int) -> None:
+        """A batch was dropped, perhaps by another rank: it counts against the bound all the same."""
+        if update not in self._skipped_at:
+            self._skipped_at.append(update)
+
     def limits(self) -> dict[str, tuple[float | None, float | None]]:
         """For each metric the range outside of which the next value alone stops its update, as far as is known now."""
         ranges: dict[str, tuple[float | None, float | None]] = {}

@@ -207,7 +207,7 @@ class Run:
             case "admit rubbish":
                 self.told["admitted"] = len(cycle.admit([rubbish(n) for n in range(4)]).records)
             case "forget an update":
-                cycle._guard._updates += 1
+                cycle._guard._ledger.last += 1
             case "full disk":
                 cycle._guard._log._trouble = "cannot write: the disk is full"
             case None:

@@ -4,6 +4,7 @@ learner     the model in training: its readings, its steps, its state
 veto        one optimizer's step, withheld before it is applied; usable alone
 witness     what shows that a decision was honoured
 steps       the optimizers of one model, together
+ranks       how the ranks of a run talk
 device      decisions that stay on the device and are read one update late
 optimizers  an optimizer's state, put back in place
 buffers     what a forward pass writes into the model, put back
