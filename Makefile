@@ -19,7 +19,7 @@ bench: .venv/ready image  ## What we claim about speed and limits. A few minutes
 	.venv/bin/python benchmarks/audit_append.py
 	.venv/bin/python benchmarks/gate_cost.py
 	.venv/bin/python benchmarks/snapshots.py
-	@[ ! -f benchmarks/reduction.py ] || .venv/bin/python benchmarks/reduction.py
+	.venv/bin/python benchmarks/reduction.py
 	@[ -z "$(TRACES)" ] || .venv/bin/python benchmarks/detection.py --data "$(TRACES)" --cross-validate
 	@[ -z "$(HUMANEVAL)" ] || .venv/bin/python benchmarks/humaneval.py --data "$(HUMANEVAL)"
 	@[ -z "$(GSM8K)" ] || { .venv/bin/python benchmarks/toolformer.py --data "$(GSM8K)" \

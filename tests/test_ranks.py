@@ -254,7 +254,7 @@ def test_ranks_that_wait_resume_together_and_end_as_if_nothing_had_been(tmp_path
     run_dir = tmp_path / "waiting" / "run"
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        if (run_dir / "run.json").exists() and (now := standing(run_dir)).frozen and now.acknowledged:
+        if any(run_dir.glob("audit/controller/seg-*")) and (now := standing(run_dir)).frozen and now.acknowledged:
             submit(run_dir, "resume", by="dana", reason="a bad shard, removed", freeze=now.freeze)
             break
         time.sleep(0.2)
