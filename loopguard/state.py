@@ -221,13 +221,16 @@ class FreezeState:
         """Whether a resume request is meant for the freeze in force."""
         return self._freeze is not None and request.freeze in {None, self._freeze}
 
-    def remember(self, *, cycle: int | None) -> None:
-        """Write the cache from which `status` answers: where the log stood, and what it said."""
+    def remember(self, *, cycle: int | None, undone: bool = False) -> None:
+        """Write the cache from which `status` answers: where the log stood, and what it said.
+
+        Without a `cycle` the promoted one stays as it is known, unless promotions were `undone` down to none.
+        """
         if self._follows is not None:
             return
         self._log.sync()  # the cache must not name a record that a power cut could take back
         path = self._dir / "state.json"
-        if cycle is None:
+        if cycle is None and not undone:
             cycle = _cache(self._dir).get("cycle")
         body = {
             "stream": CONTROLLER,

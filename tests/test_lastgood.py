@@ -22,6 +22,7 @@ from loopguard.controller.rollback import roll_back
 from loopguard.errors import DiskError, LoopFrozen, RunBusyError, SnapshotError, UsageError
 from loopguard.snapshots import SnapshotStore
 from loopguard.snapshots.store import SnapshotStore as Store
+from loopguard.state import standing
 
 
 @pytest.fixture
@@ -100,6 +101,7 @@ class TestBesideTheTraining:
             gate.open.set()
         with lab.open() as again:
             assert "the promotion of cycle 2 was cut short and is undone" in again.found
+            assert standing(lab.run_dir).cycle == 1
             assert not again.frozen
             lab.build(again)
             assert again.state_digest() == first

@@ -659,6 +659,8 @@ class LoopGuard:
         if trail.unsettled is not None and trail.unsettled != self.promoted_cycle:
             # Decided, perhaps applied, and not on disk: the pointer is what counts.
             self._log.append("promotion.settled", {"snapshot": pointer, "applied": False}, cycle=trail.unsettled)
+            if leads:
+                self._state.remember(cycle=self.promoted_cycle, undone=True)
             self.found.append(f"the promotion of cycle {trail.unsettled} was cut short and is undone")
             if trail.open_cycle is None:
                 self._log.epoch += 1
