@@ -279,7 +279,7 @@ class Cycle:
             return decision
         norm = values.get("grad_norm", 0.0)
         guard._consensus.same_norm(norm)
-        judged = {name for name in guard._updates_gate.limits() if name != "grad_norm"}
+        judged = {name for name in guard._updates_gate.limits(armed=True) if name != "grad_norm"}
         second = self._judge({"grad_norm": norm} if not absent else {}, number, absent={*judged, *absent})
         return replace(second, signals=(*decision.signals, *second.signals))
 
@@ -296,7 +296,7 @@ class Cycle:
         guard._ledger.permit(number, cycle=self.number)
         gate = guard._updates_gate
         self._early_holding = ()
-        learner.stage(loss, readings, limits=gate.limits(), update=number, latch=not gate.skips, clip_norm=clip_norm)
+        learner.stage(loss, readings, limits=gate.limits(armed=self.number > 0), update=number, latch=not gate.skips, clip_norm=clip_norm)
         guard._ledger.last = number
         # Filled in when the device has told them.
         guard._awaited = {}

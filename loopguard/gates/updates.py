@@ -101,11 +101,14 @@ class UpdateGate:
         if update not in self._skipped_at:
             self._skipped_at.append(update)
 
-    def limits(self) -> dict[str, tuple[float | None, float | None]]:
-        """For each metric the range outside of which the next value alone stops its update, as far as is known now."""
+    def limits(self, *, armed: bool) -> dict[str, tuple[float | None, float | None]]:
+        """For each metric the range outside of which the next value alone stops its update, as far as is known now.
+
+        While not `armed` only the monitors that need no history have one.
+        """
         ranges: dict[str, tuple[float | None, float | None]] = {}
         for monitor in self._monitors:
-            low, high = monitor.limits()
+            low, high = monitor.limits() if armed or monitor.immediate else (None, None)
             lowest, highest = ranges.get(monitor.metric, (None, None))
             ranges[monitor.metric] = (_tighter(max, lowest, low), _tighter(min, highest, high))
         return ranges

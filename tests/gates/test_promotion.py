@@ -60,3 +60,45 @@ def test_a_missing_and_an_unknown_metric_freeze():
 def test_a_metric_that_the_last_promotion_did_not_have_freezes():
     """The last branch: what cannot be compared is not promoted."""
     assert decide(previous={"loss": 2.0}).rule == "change:correct"
+
+
+class TestEvidenceOverCycles:
+    """Where a metric is a share of problems, losses that each cycle may have add up."""
+
+    PANEL = ({**PANEL[0], "problems": 400}, PANEL[1])
+
+    def gate(self):
+        return PromotionGate(Promotion.model_validate({"panel": self.PANEL}))
+
+    def walk(self, gate, shares):
+        """What is decided about each share, against the last one that was promoted."""
+        decisions, previous = [], None
+        for cycle, share in enumerate(shares):
+            panel = OLD | {"correct": share}
+            decisions.append(gate.decide(panel, previous=previous, cycle=cycle))
+            previous = panel if decisions[-1].allowed else previous
+        return decisions
+
+    def test_a_share_that_sinks_a_little_in_each_cycle_freezes_though_no_cycle_lost_too_much(self):
+        decisions = self.walk(self.gate(), [0.6, 0.61, 0.6, *(0.6 - 0.03 * step for step in range(1, 8))])
+        frozen = next(decision for decision in decisions if decision.result == "freeze")
+        assert frozen.rule == "eprocess:correct"
+        assert all(decision.result in ("allow", "deny") for decision in decisions[: decisions.index(frozen)])
+
+    def test_before_it_is_sure_it_denies(self):
+        decisions = self.walk(self.gate(), [0.6, 0.61, 0.6, *(0.6 - 0.03 * step for step in range(1, 8))])
+        held = [decision for decision in decisions if decision.rule == "held"]
+        assert held
+        assert {decision.result for decision in held} == {"deny"}
+
+    def test_a_share_that_only_wavers_is_promoted(self):
+        shares = [0.6, 0.62, 0.59, 0.61, 0.58, 0.6, 0.63, 0.59, 0.61, 0.6]
+        assert {decision.result for decision in self.walk(self.gate(), shares)} == {"allow"}
+
+    def test_it_goes_on_where_it_was(self):
+        first, second = self.gate(), self.gate()
+        self.walk(first, [0.6, 0.61, 0.6, 0.57])
+        second.load_state_dict(first.state_dict())
+        panel = OLD | {"correct": 0.5}
+        one, other = (gate.decide(panel, previous=OLD | {"correct": 0.57}, cycle=9) for gate in (first, second))
+        assert one == other

@@ -88,10 +88,11 @@ def test_while_a_monitor_is_suspicious_nothing_should_be_promoted():
 
 def test_the_limits_for_a_device_hold_what_would_be_withheld_in_time():
     watch = steady(gate())
-    low, high = watch.limits()["loss"]
+    low, high = watch.limits(armed=True)["loss"]
     assert low == -1e-6
     assert 3 < high < 500
-    assert watch.limits()["grad_norm"] == (0.0, None)
+    assert watch.limits(armed=True)["grad_norm"] == (0.0, None)
+    assert watch.limits(armed=False)["loss"] == (-1e-6, None)
 
 
 def test_one_rate_of_false_alarms_is_shared_by_the_monitors():
