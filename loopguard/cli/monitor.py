@@ -48,8 +48,12 @@ def scan(
     direction: Annotated[Direction, typer.Option(help="Which way is better.")] = Direction.none,
     low: Annotated[float | None, typer.Option("--min", help="The least value that is possible.")] = None,
     high: Annotated[float | None, typer.Option("--max", help="The largest value that is possible.")] = None,
-    problems: Annotated[int | None, typer.Option(help="The value is a share of so many problems.")] = None,
-    expect: Annotated[Path | None, typer.Option(metavar="FILE", help="Announced changes: kind,at,span.")] = None,
+    problems: Annotated[
+        int | None, typer.Option(help="The value is a share of so many problems; needs --direction.")
+    ] = None,
+    expect: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A file of announced changes: kind,at,span.")
+    ] = None,
     every: Annotated[float, typer.Option(help="Readings in which a healthy run may trip once.")] = 100_000,
 ) -> None:
     """Say where the default monitors would have frozen a run, from CSV on standard input.

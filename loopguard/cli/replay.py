@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from loopguard.reproduce import At, Reproduction
 
-_TO = "Go back to the promotion of this cycle. Without it, to the one before the last."
-_MODULE = "A module, or a file, with build(config) and loss(model, batch, at). docs/reproduce.md has an example."
+_TO = "Go back to the promotion of this cycle. Without it, to the one before the one that acts."
+_MODULE = "A module, or a .py file, with build(config) and loss(model, batch, at). docs/reproduce.md has an example."
 
 
 def rollback(
