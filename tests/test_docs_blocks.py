@@ -1,7 +1,8 @@
 """The Python in docs/ is Python, and what stands on its own there runs.
 
-Not here: docs/snapshots.md, whose block runs in tests/snapshots/test_snapshot_docs.py, and the README, whose code is
-that of an example. Blocks that need a process group, a service or a model of the reader's are compiled alone.
+Not here: docs/snapshots.md, whose block runs in tests/snapshots/test_snapshot_docs.py, docs/audit-format.md, whose
+verifier runs in tests/audit/test_audit_format_doc.py, and the README, whose code is that of an example. Blocks that
+need a process group, a service or a model of the reader's are compiled alone.
 """
 
 from __future__ import annotations
@@ -42,24 +43,6 @@ def test_every_fence_is_looked_at():
     """A block whose end this file cannot find would be left out without a word."""
     fences = sum(page.read_text(encoding="utf-8").count("```python") for page in DOCS.glob("*.md"))
     assert fences == len(ALL) > 0
-
-
-def test_the_verifier_of_the_audit_format_agrees_with_ours(tmp_path):
-    """It calls a whole log whole and gives its head, and it finds one changed byte."""
-    from loopguard.audit.log import AuditLog
-
-    log = AuditLog.open(tmp_path, stream="controller", run_id="run-a", policy="")
-    for text in ("one", "two", "three"):
-        log.append("note.added", {"by": "dana", "text": text})
-    head = log.head
-    log.close()
-    made = {"__name__": "verifier"}
-    exec(block("audit-format.md", "def verify(folder)"), made)
-    folder = tmp_path / "audit" / "controller"
-    assert made["verify"](folder) == f"whole up to {head}"
-    (segment,) = folder.glob("seg-*.jsonl")
-    segment.write_bytes(segment.read_bytes().replace(b'"text":"two"', b'"text":"tow"'))
-    assert "altered" in made["verify"](folder)
 
 
 class TestTheVeto:
