@@ -85,13 +85,17 @@ def start(folder, plans):
     return processes
 
 
+def end(processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def finish(folder, processes, timeout_s=120):
     try:
         codes = [process.wait(timeout=timeout_s) for process in processes]
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        end(processes)
     assert codes == [0, 0], "".join(path.read_text()[-3000:] for path in sorted(folder.glob("said-by-*.txt")))
 
 
@@ -253,11 +257,15 @@ def test_ranks_that_wait_resume_together_and_end_as_if_nothing_had_been(tmp_path
     processes = start(tmp_path, {"sound": plan, "waiting": {**plan, "factor": {"1/6": "nan"}}})
     run_dir = tmp_path / "waiting" / "run"
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-        if any(run_dir.glob("audit/controller/seg-*")) and (now := standing(run_dir)).frozen and now.acknowledged:
-            submit(run_dir, "resume", by="dana", reason="a bad shard, removed", freeze=now.freeze)
-            break
-        time.sleep(0.2)
+    try:
+        while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+            if any(run_dir.glob("audit/controller/seg-*")) and (now := standing(run_dir)).frozen and now.acknowledged:
+                submit(run_dir, "resume", by="dana", reason="a bad shard, removed", freeze=now.freeze)
+                break
+            time.sleep(0.2)
+    except BaseException:
+        end(processes)
+        raise
     finish(tmp_path, processes, timeout_s=60)
     for one, sound in zip(told(tmp_path, "waiting"), told(tmp_path, "sound"), strict=True):
         assert one["error"] == ""
