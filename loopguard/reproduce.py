@@ -22,13 +22,14 @@ import importlib
 import math
 import struct
 import sys
+import traceback
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loopguard.controller.learner import integration_for
-from loopguard.errors import UsageError
+from loopguard.errors import LoopGuardError, UsageError
 from loopguard.snapshots import read_capsule
 
 if TYPE_CHECKING:
@@ -106,8 +107,8 @@ def load_module(name: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"--module {name}: it cannot be imported: {error}") from error
+    except Exception as error:
+        raise UsageError(f"--module {name}: it cannot be imported: {_said(error)}") from error
     if not callable(getattr(module, "build", None)):
         raise UsageError(f"--module {name}: it has no build(config), which makes the model and its optimizer")
     if not callable(getattr(module, "loss", None)) and not callable(getattr(module, "backward", None)):
@@ -151,6 +152,11 @@ def reproduce(
         digest = capsule.facts.get("state_digest")
         if digest is not None and updates:
             state = "same" if learner.digest() == digest else "other"
+    if (ranks := capsule.facts.get("ranks", 1)) > 1:
+        notes.append(
+            f"the run had {ranks} ranks, and this is one process: without the gradients of the others "
+            "the first loss alone can come out the same"
+        )
     if capsule.facts.get("replays") == "up to the boundary" and updates:
         notes.append("no update was made since the state that this freeze goes back to: replayed is what led to it")
     if not updates:
@@ -164,6 +170,23 @@ def reproduce(
     )
 
 
+def _called(module: ModuleType, name: str, call: Callable[[], Any]) -> Any:
+    """What a function of the module gives; what it raises is told with its place, and is the caller's to mend."""
+    try:
+        return call()
+    except LoopGuardError:
+        raise
+    except Exception as error:
+        raise UsageError(f"{module.__name__}.{name} raised {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An exception in one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{where}"
+
+
 def bits(value: float) -> bytes:
     """The bits of a double. Every NaN is the same one: what a NaN carries beside being one is not kept anywhere."""
     return struct.pack("<d", math.nan if math.isnan(value) else value)
@@ -171,7 +194,8 @@ def bits(value: float) -> bytes:
 
 def _built(module: ModuleType, capsule: Capsule) -> Learner:
     integration = None
-    parts = module.build(capsule.facts.get("config", {}))
+    config = capsule.facts.get("config", {})
+    parts = _called(module, "build", lambda: module.build(config))
     if not isinstance(parts, dict) or not {"model", "optimizer"} <= parts.keys():
         raise UsageError(
             f"{module.__name__}.build gave {type(parts).__name__}; expected a dict with model and optimizer"
@@ -207,6 +231,13 @@ def _replay(learner: Learner, module: ModuleType, told: TapedUpdate, capsule: Ca
     return Update(update=told.update, then=told.readings, now=now.values)
 
 
+def _loss(module: ModuleType, model: Any, batch: Any, at: At) -> Any:
+    loss = _called(module, "loss", lambda: module.loss(model, batch, at))
+    if not hasattr(loss, "backward"):
+        raise UsageError(f"{module.__name__}.loss gave {loss!r:.60}; expected the loss as a tensor that has a gradient")
+    return loss
+
+
 def _backward(
     learner: Learner, module: ModuleType, told: TapedUpdate, at: Callable[[int], At], forward: Forward
 ) -> Any:
@@ -214,11 +245,11 @@ def _backward(
     batches: Sequence[Any] = [kept.batch for kept in told.batches]
     if (own := getattr(module, "backward", None)) is not None:
         learner.set_rng(told.batches[0].rng)
-        return forward(at(0), lambda: own(model, batches, at(0)))
+        return forward(at(0), lambda: _called(module, "backward", lambda: own(model, batches, at(0))))
     losses = []
     for i, batch in enumerate(batches):
         learner.set_rng(told.batches[i].rng)
-        loss = forward(at(i), partial(module.loss, model, batch, at(i)))
+        loss = forward(at(i), partial(_loss, module, model, batch, at(i)))
         (loss / len(batches) if len(batches) > 1 else loss).backward()
         losses.append(loss.detach())
     return losses[0] if len(losses) == 1 else sum(losses) / len(losses)

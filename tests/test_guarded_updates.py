@@ -311,3 +311,64 @@ class TestExpect:
             lab.update(next(iter(guard.cycles(1))))
             with pytest.raises(UsageError, match=match):
                 guard.expect(words.pop("kind"), **words)
+
+
+class TestMistakes:
+    """Each is refused in a sentence before a weight moves, and the loop may go on."""
+
+    @pytest.mark.parametrize("clip_norm", [0, -1.0, math.nan, math.inf])
+    def test_a_norm_that_is_none(self, lab, clip_norm):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            before = guard.state_digest()
+            loss = lab.loss()
+            loss.backward()
+            with pytest.raises(UsageError, match="the largest norm is a number above 0"):
+                cycle.update(loss=loss, clip_norm=clip_norm)
+            assert guard.state_digest() == before
+            assert cycle.update(loss=loss).allowed
+
+    @pytest.mark.parametrize(
+        ("value", "match"),
+        [
+            (torch.ones(3), r"entropy is a torch.float32 tensor of shape \(3,\)"),
+            ("high", "entropy is 'high'"),
+            (None, "entropy is None"),
+        ],
+    )
+    def test_a_reading_that_is_no_number(self, lab, value, match):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            loss = lab.loss()
+            loss.backward()
+            with pytest.raises(UsageError, match=match):
+                cycle.update(loss=loss, readings={"entropy": value})
+
+    def test_a_panel_that_is_none(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            cycle = next(iter(guard.cycles(1)))
+            with pytest.raises(UsageError, match="correct is 'good'; give one number"):
+                lab.promote(cycle, correct="good")
+
+    def test_an_optimizer_of_another_model(self, lab):
+        with lab.open() as guard:
+            other = torch.optim.AdamW(network(1).parameters())
+            with pytest.raises(UsageError, match="holds no parameter of the model"):
+                guard.attach(model=network(), optimizer=other)
+
+    @pytest.mark.parametrize(
+        ("words", "match"),
+        [
+            ({"config": [1]}, "got a list; give a dict"),
+            ({"scaler": 3}, "got a int; give a torch.amp.GradScaler"),
+            ({"late": True}, r"this AdamW is not fused \(make it with fused=True\)"),
+        ],
+    )
+    def test_what_attach_cannot_take(self, lab, words, match):
+        with lab.open() as guard:
+            model = network()
+            with pytest.raises(UsageError, match=match):
+                guard.attach(model=model, optimizer=torch.optim.AdamW(model.parameters()), **words)

@@ -194,6 +194,7 @@ class TestWhatCannotBeReplayed:
             ("def loss(model, batch, at): ...", r"no build\(config\)"),
             ("def build(config): ...", "neither loss"),
             ("import nowhere_to_be_found", "cannot be imported"),
+            ("def build(config:", "cannot be imported: SyntaxError"),
         ],
     )
     def test_a_module_that_is_none_is_refused(self, tmp_path, text, match):
@@ -201,6 +202,31 @@ class TestWhatCannotBeReplayed:
         path.write_text(text)
         with pytest.raises(UsageError, match=match):
             load_module(str(path))
+
+    @pytest.mark.parametrize(
+        ("old", "new", "match"),
+        [
+            ('config["width"]), torch', 'config["widht"]), torch', r"build raised KeyError: 'widht' \(broken_replay"),
+            ("return model(", "return 1.0 or model(", "loss gave 1.0; expected the loss as a tensor"),
+            ('batch["x"]', 'batch["y"]', r"loss raised KeyError: 'y'"),
+        ],
+    )
+    def test_a_module_that_fails_says_where(self, lab, monkeypatch, old, new, match):
+        monkeypatch.setattr(Recorded, "update", _update_without_draws)
+        folder = freeze(lab)
+        assert old in MODULE
+        broken = lab.module.with_name(f"broken_replay_{len(new)}{len(match)}.py")
+        broken.write_text(MODULE.replace(old, new))
+        with pytest.raises(UsageError, match=match):
+            reproduce(folder, load_module(str(broken)))
+
+    def test_leaving_the_debugger_leaves_the_replay(self, lab, monkeypatch):
+        monkeypatch.setattr(Recorded, "update", _update_without_draws)
+        folder = freeze(lab)
+        command = [sys.executable, "-m", "loopguard.cli", "reproduce", str(folder), "-m", str(lab.module), "--pdb"]
+        done = subprocess.run(command, input="s\nq\n", capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 130
+        assert "Traceback" not in done.stderr
 
     def test_a_module_with_another_model_is_refused(self, lab, monkeypatch):
         monkeypatch.setattr(Recorded, "update", _update_without_draws)
@@ -211,5 +237,5 @@ class TestWhatCannotBeReplayed:
             reproduce(folder, load_module(str(other)))
 
     def test_a_folder_that_is_no_capsule_is_refused(self, tmp_path, lab):
-        with pytest.raises(SnapshotError, match="cannot be read"):
+        with pytest.raises(SnapshotError, match="holds no capsule: name the folder of a freeze"):
             read_capsule(tmp_path)

@@ -80,6 +80,7 @@ def _debugger(freeze: Path) -> Callable[[At, Callable[[], Any]], Any]:
     """A debugger at the forward pass of the last update, where the freeze came from."""
     import pdb
 
+    from loopguard.errors import InterruptedLoop
     from loopguard.snapshots import read_capsule
 
     updates = read_capsule(freeze).updates()
@@ -93,7 +94,11 @@ def _debugger(freeze: Path) -> Callable[[At, Callable[[], Any]], Any]:
             "`s` steps into the loss, `c` goes on",
             file=sys.stderr,
         )
-        return pdb.runcall(run)
+        came_to = pdb.runcall(run)
+        if came_to is None:
+            # The debugger was left by `q` or by the end of its input, and with it the loss.
+            raise InterruptedLoop("the debugger was left: nothing more is replayed")
+        return came_to
 
     return forward
 

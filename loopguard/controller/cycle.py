@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -216,6 +217,10 @@ class Cycle:
         """
         guard = self._guard
         learner = guard._held()
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise UsageError(
+                f"cycle.update(clip_norm={clip_norm!r}): the largest norm is a number above 0, or left out"
+            )
         early, self._early = self._early, None
         if early is not None and readings:
             raise UsageError("cycle.update(readings=...) after cycle.forward: give them to forward, which judges them")
@@ -296,7 +301,14 @@ class Cycle:
         guard._ledger.permit(number, cycle=self.number)
         gate = guard._updates_gate
         self._early_holding = ()
-        learner.stage(loss, readings, limits=gate.limits(armed=self.number > 0), update=number, latch=not gate.skips, clip_norm=clip_norm)
+        learner.stage(
+            loss,
+            readings,
+            limits=gate.limits(armed=self.number > 0),
+            update=number,
+            latch=not gate.skips,
+            clip_norm=clip_norm,
+        )
         guard._ledger.last = number
         # Filled in when the device has told them.
         guard._awaited = {}
@@ -420,7 +432,7 @@ class Cycle:
             return _DISCARDED
         if apply is None and not learner.same_actor:
             raise UsageError("promote(panel, apply=...) needs apply: how the actor takes the weights over")
-        values = {name: float(value) for name, value in panel.items()}
+        values = _numbers(panel)
         previous = guard._good.promoted.panel if guard._good.promoted else None
         own = QUIET
         with guard._telling():
@@ -545,6 +557,17 @@ class Cycle:
 
 def _not_installed(trouble: str) -> Decision:
     return Decision(result="freeze", gate="promotion", rule="apply", reason=f"apply failed: {trouble}")
+
+
+def _numbers(panel: Mapping[str, Any]) -> dict[str, float]:
+    """The panel as floats. Raises UsageError, naming the metric, where one is no number."""
+    values = {}
+    for name, value in panel.items():
+        try:
+            values[name] = float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UsageError(f"cycle.promote: {name} is {value!r:.60}; give one number for each metric") from error
+    return values
 
 
 def _digest_ids(records: Iterable[Record]) -> str:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,7 +36,7 @@ from loopguard.state import FreezeState, run_facts, signal_facts
 from loopguard.types import Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
     from loopguard.audit.events import Entry
@@ -246,6 +247,9 @@ class LoopGuard:
         self._check_owner()
         if self._learner is not None:
             raise UsageError("this guard already holds a model: make one guard for each run")
+        config = {} if config is None else config
+        if not isinstance(config, Mapping):
+            raise UsageError(f"attach(config=...) got a {type(config).__name__}; give a dict of JSON values")
         self._learner = integration_for(model).learner(
             model=model,
             optimizer=optimizer,
@@ -256,7 +260,7 @@ class LoopGuard:
             late=late,
         )
         self._loop = loop
-        self._config = dict(config or {})
+        self._config = dict(config)
         self._meet()
         self._log.append("model.attached", self._attached())
         promoted = self._good.promoted
@@ -275,6 +279,9 @@ class LoopGuard:
         not cover still trips: a loss that rises at an epoch boundary, a value that is not a number. Raises UsageError
         for a change in the past or of another kind.
         """
+        for word, number in (("at", at), ("span", span)):
+            if number is not None and not isinstance(number, int):
+                raise UsageError(f"expect({kind!r}, {word}={number!r}): updates are counted in whole numbers")
         next_one = self._ledger.last + 1
         first = next_one if at is None else at
         if kind not in _EXPECTED:
@@ -296,6 +303,8 @@ class LoopGuard:
         With `warmup`, cycle 0 comes first where nothing has been promoted yet: in it, monitors that need history only
         learn. Raises LoopFrozen where the run is frozen (or waits, or exits, as the guard policy says).
         """
+        if not isinstance(count, int):
+            raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
         promoted = self._good.promoted
         number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
         while number <= count:
@@ -544,7 +553,7 @@ class LoopGuard:
             "readings": dict(readings or {}),
         }
         learner = self._learner
-        facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir), "config": self._config}
+        facts = self._facts(cycle=cycle) | {"run": run_facts(self.run_dir), "config": self._config, "ranks": here.count}
         if learner is not None:
             facts |= {"settings": learner.settings(), "state_digest": learner.digest()}
         anchor, tape = self._good.replayable()

@@ -130,6 +130,11 @@ def read_capsule(folder: Path, digest: str | None = None) -> Capsule:
     path = folder / CAPSULE
     try:
         data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise SnapshotError(
+            f"{folder} holds no capsule: name the folder of a freeze, such as runs/mine/freezes/f1. "
+            "A freeze that came while nobody was at work on the run leaves none"
+        ) from error
     except OSError as error:
         raise SnapshotError(f"{path} cannot be read: {error.strerror}") from error
     capsule = Capsule(folder, data)

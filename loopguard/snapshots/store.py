@@ -85,7 +85,9 @@ class SnapshotStore:
         folder = (of or self.root) / digest
         manifest = read_manifest(folder)
         if "ranks" in manifest:
-            raise SnapshotError(f"{folder} is a sharded snapshot; load_sharded loads it, on every rank")
+            raise SnapshotError(
+                f"{folder} was written by several ranks together; start the run with torchrun, on as many ranks"
+            )
         return decode(manifest["tree"], read_tensors(folder / TENSORS, manifest["tensors"]))
 
     def facts(self, digest: str, *, of: Path | None = None) -> dict[str, Any]:

@@ -113,9 +113,7 @@ class Loop:
         self.log.append("eval.finished", {"panel": panel}, cycle=cycle)
         snapshot, weights = digest(f"snapshot {cycle} {self.update}"), digest(f"weights {cycle} {self.update}")
         body = {"result": "allow", "rule": "panel", "reason": "every metric is within its range", "panel": panel}
-        self.log.append(
-            "promotion.decided", {**body, "previous": self.panel or None, "weights": weights}, cycle=cycle
-        )
+        self.log.append("promotion.decided", {**body, "previous": self.panel or None, "weights": weights}, cycle=cycle)
         self.log.append("promotion.applied", {"actor": weights}, cycle=cycle)
         body = {"snapshot": snapshot, "update": self.update, "promoted": True}
         self.log.append("snapshot.written", body, cycle=cycle)

@@ -484,7 +484,7 @@ class TestRefusals:
             ({"optimizer": []}, "also needs optimizer"),
             ({"optimizer": 3}, "got a int; give a torch.optim.Optimizer"),
             ({"averages": [object()]}, "give an AveragedModel"),
-            ({"late": True}, "AdamW has no flag"),
+            ({"late": True}, "AdamW is not fused"),
             ({"late": True, "scaler": torch.amp.GradScaler("cpu")}, "GradScaler"),
         ],
     )

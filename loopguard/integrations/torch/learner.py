@@ -26,6 +26,7 @@ from loopguard.integrations.torch.ranks import TorchPeers, join, withheld_anywhe
 from loopguard.integrations.torch.rng import rng_state, set_rng_state
 from loopguard.integrations.torch.settings import settings
 from loopguard.integrations.torch.steps import Steps
+from loopguard.integrations.torch.veto import FUSED_KERNELS_WITH_A_FLAG
 from loopguard.integrations.torch.witness import Evidence, judge, read
 
 if TYPE_CHECKING:
@@ -85,6 +86,7 @@ class TorchLearner:
         scaling. Where they do not fit the scaler's format, `overflowed` is true and there is no `grad_norm`: that is
         the scaler's business, and `apply` lets it take no step. Raises UsageError where there is nothing to apply.
         """
+        check_numbers({"loss": loss, **(extra or {})})
         self._overflowed = self._steps.unscale()
         self._norm = self._steps.norm()
         values = {"loss": loss} | ({} if self._overflowed else {"grad_norm": self._norm}) | dict(extra or {})
@@ -125,6 +127,7 @@ class TorchLearner:
     ) -> None:
         """Decide on the device and step under that decision. See `LatePath.stage`."""
         path = self._path()
+        check_numbers({"loss": loss, **(extra or {})})
         path.stage(loss, extra or {}, limits=limits, update=update, latch=latch, clip_norm=clip_norm)
 
     def collect(self) -> Staged | None:
@@ -150,6 +153,7 @@ class TorchLearner:
 
     def measure(self, values: Mapping[str, Any]) -> dict[str, float]:
         """These metrics as floats, before there is a gradient. The device is waited for once."""
+        check_numbers(values)
         return dict(zip(values, read(values.values()), strict=True))
 
     def peers(self) -> TorchPeers | None:
@@ -249,7 +253,7 @@ class TorchLearner:
         why_not = [
             *(["a GradScaler counts a withheld update"] if self._steps.scaler is not None else []),
             *(["averages tick on the host"] if self.averages else []),
-            *(f"{type(v.optimizer).__name__} has no flag" for v in self._steps.vetoes if v.path != "flag"),
+            *(_no_flag(veto.optimizer) for veto in self._steps.vetoes if veto.path != "flag"),
             *(["parameters are on several devices"] if len(devices) > 1 else []),
         ]
         if late and why_not:
@@ -292,6 +296,15 @@ def learner(
             raise UsageError(
                 f"attach(averages=...) got a {type(one).__name__}; give an AveragedModel, or what has its methods"
             )
+    held = {id(parameter) for parameter in model.parameters()}
+    for one in optimizers:
+        if not any(id(parameter) in held for group in one.param_groups for parameter in group["params"]):
+            raise UsageError(
+                f"attach(optimizer=...): this {type(one).__name__} holds no parameter of the model; make it from "
+                "model.parameters(), after the model has been moved, wrapped or sharded"
+            )
+    if scaler is not None and not all(hasattr(scaler, name) for name in ("unscale_", "step", "update", "is_enabled")):
+        raise UsageError(f"attach(scaler=...) got a {type(scaler).__name__}; give a torch.amp.GradScaler")
     if actor is model or actor == "same":
         actor = None
     if actor is not None and not isinstance(actor, torch.nn.Module):
@@ -307,6 +320,35 @@ def learner(
         averages=_several(averages),
         late=late,
     )
+
+
+def check_numbers(values: Mapping[str, Any]) -> None:
+    """Raise UsageError, naming it, for a reading that is no single number."""
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            fine = value.numel() == 1 and not value.is_complex()
+            what = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+        else:
+            fine, what = _is_number(value), repr(value)[:60]
+        if not fine:
+            raise UsageError(f"{name} is {what}; give one number, or a tensor of one real number")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return False
+    try:
+        float(value)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def _no_flag(optimizer: torch.optim.Optimizer) -> str:
+    name = type(optimizer).__name__
+    if type(optimizer) in FUSED_KERNELS_WITH_A_FLAG:
+        return f"this {name} is not fused (make it with fused=True)"
+    return f"{name} has no kernel that can be told on the device"
 
 
 def _several(value: Any) -> list[Any]:

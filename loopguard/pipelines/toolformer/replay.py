@@ -1,6 +1,6 @@
 """For `loopguard reproduce`: the model and the loss of this loop, from what a capsule holds.
 
-loopguard reproduce runs/toolformer f1 --module loopguard.pipelines.toolformer.replay
+loopguard reproduce runs/toolformer/freezes/f1 --module loopguard.pipelines.toolformer.replay
 """
 
 from __future__ import annotations
