@@ -67,6 +67,8 @@ def scan(
 
     Exit codes: 0 nothing tripped, 1 something did, 2 usage or input that cannot be read.
     """
+    if problems is not None and direction == "none":
+        raise UsageError("--problems needs --direction: which way a share of problems is better")
     name, rows = _read(metric)
     watching = _monitors(name, _GOOD[direction], low, high, problems, every)
     for announced in _expectations(expect) if expect else ():
@@ -129,7 +131,7 @@ def _line(signal: Signal, index: int) -> dict[str, Any]:
 def _read(metric: str) -> tuple[str, Iterator[tuple[int, float]]]:
     """The name of the metric, and its steps and values one by one, so that a pipe can be followed."""
     lines = _lines(sys.stdin, _STDIN)
-    header = [name.strip() for name in next(lines, (0, []))[1]]
+    header = [name.strip().lstrip("\ufeff") for name in next(lines, (0, []))[1]]
     if len(header) < 2 or header[0] != "step":
         raise DataFileError(f"{_STDIN}:1: expected a header row such as step,loss")
     if metric in header[1:]:
