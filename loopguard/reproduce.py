@@ -250,6 +250,8 @@ def _backward(
     for i, batch in enumerate(batches):
         learner.set_rng(told.batches[i].rng)
         loss = forward(at(i), partial(_loss, module, model, batch, at(i)))
-        (loss / len(batches) if len(batches) > 1 else loss).backward()
+        share = loss / len(batches) if len(batches) > 1 else loss
+        scaler = learner.scaler  # type: ignore[attr-defined]
+        (share if scaler is None else scaler.scale(share)).backward()
         losses.append(loss.detach())
     return losses[0] if len(losses) == 1 else sum(losses) / len(losses)

@@ -53,6 +53,7 @@ TYPES: dict[str, str] = {
     "update.applied": "these updates were applied, with their readings",
     "update.withheld": "an update was stopped before it moved the weights",
     "update.skipped": "a batch was dropped, as the policy allows",
+    "update.overflowed": "a gradient scaler took no step, so many times in a row",
     "update.expected": "the loop announced a change",
     "update.settled": "leased updates without a record were undone",
     "eval.finished": "the candidate was measured",

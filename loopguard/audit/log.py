@@ -225,6 +225,10 @@ class AuditLog:
         """Whether a write or a sync failed; only `append_last` writes from then on."""
         return self._trouble is not None
 
+    def require(self) -> None:
+        """Raise AuditWriteError where nothing can be recorded any more, so that nothing goes on without its record."""
+        self._refuse_if_unusable()
+
     def append(
         self,
         type: str,  # noqa: A002 - the word of the record's field

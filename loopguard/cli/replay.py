@@ -29,7 +29,7 @@ def rollback(
     """Let a run go on from an earlier promotion. The decision is written to the audit log under your name.
 
     Nothing may be at work on the run: stop it first. A frozen run stays frozen until somebody resumes it. What is gone
-    back over is not deleted from the log, and its snapshot stays until later promotions push it out.
+    back over stays in the log; its snapshot is removed by the next start.
 
     loopguard rollback runs/toolformer --by dana --reason "cycle 7 was scored with a broken evaluator"
 

@@ -71,6 +71,7 @@ class Cycle:
         self.promoted = False
         self.discarded = False
         self._guard = guard
+        self._resumes = guard._resumes
         self._update_count = 0
         self._asked = 0
         """How many updates this cycle has asked for, whatever became of them."""
@@ -119,6 +120,7 @@ class Cycle:
         self._record_quarantine(batch.quarantined)
         facts = {**batch.decision.facts, "admitted": len(batch.admitted), "quarantined": len(batch.quarantined)}
         if not batch.decision.allowed:
+            guard._state.latch(batch.decision.reason)  # before anything that can fail
             guard._log.append("data.refused", {**facts, "reason": batch.decision.reason}, cycle=self.number)
             self._freeze(batch.decision, roll_back=self._update_count > 0)
             return self._refused(records, batch.quarantined, batch.decision)
@@ -157,9 +159,11 @@ class Cycle:
         With gradient accumulation call it once for each micro-batch.
         """
         guard = self._guard
+        if self.discarded:
+            return batch  # nothing comes of it
         try:
             guard._good.tape.keep(batch, guard._held().rng())
-        except TypeError as error:
+        except (TypeError, RecursionError) as error:
             raise UsageError(f"cycle.keep: {error}") from error
         return batch
 
@@ -224,34 +228,72 @@ class Cycle:
         early, self._early = self._early, None
         if early is not None and readings:
             raise UsageError("cycle.update(readings=...) after cycle.forward: give them to forward, which judges them")
-        if (early is None or learner.late) and not self._begin(learner):
+        # Of several ranks each has begun in `forward`, and no other collective may come in between.
+        begun = early is not None and not learner.late and guard._consensus.several
+        if not begun and not self._begin(learner):
             learner.discard()
             return _DISCARDED
         if learner.late:
             extra = early.values if early is not None else readings or {}
             return self._stage(learner, loss, clip_norm=clip_norm, readings=extra)
         taken = learner.readings(loss, readings or {})
+        if early is not None and not guard._consensus.several and not _same(early.values["loss"], taken.values["loss"]):
+            learner.discard()
+            raise UsageError("cycle.update got another loss than cycle.forward: give both the loss of this update")
         values = {**early.values, **taken.values, "loss": early.values["loss"]} if early is not None else taken.values
         absent = ("grad_norm",) if taken.overflowed else ()
-        number = guard._ledger.last + 1
-        if early is None:
-            self._early_holding = ()
-            own = self._own(values, absent=absent)
-            decision = guard._agree(own, at="overflow" if taken.overflowed else "update")
-        else:
-            decision = self._with_norm(early, values, number, absent=absent)
-        if decision.result == "allow":
-            learner.apply(clip_norm=clip_norm)
-            if taken.overflowed:
-                guard._ledger.enter_overflow()
-                self._tape(number, values, clip_norm=clip_norm, decision="overflow")
-                return OVERFLOW
-            self._tape(number, values, clip_norm=clip_norm, decision="allow")
-            self._applied(number, values, decision)
-            return decision
+        # A tool call on another thread may freeze the run: then before this update or after it, and not within.
+        with guard._turn:
+            if guard._state.frozen and not guard._consensus.several:
+                decision = _DISCARDED
+            else:
+                number = guard._ledger.last + 1
+                decision = self._decide(early, values, number, absent=absent, overflowed=taken.overflowed)
+                if decision.result == "allow":
+                    return self._take(number, values, decision, clip_norm=clip_norm, overflowed=taken.overflowed)
+        if decision is _DISCARDED:
+            self._abandon()
+            return _DISCARDED
         learner.discard()
         self._tape(number, values, clip_norm=clip_norm, decision=decision.result)
         return self._stopped(decision, number, values, in_time=bool(decision.facts.get("withheld_in_time")))
+
+    def _decide(
+        self,
+        early: _Early | None,
+        values: Mapping[str, float],
+        number: int,
+        *,
+        absent: Collection[str],
+        overflowed: bool,
+    ) -> Decision:
+        guard = self._guard
+        if early is not None:
+            return self._with_norm(early, values, number, absent=absent)
+        self._early_holding = ()
+        own = self._own(values, absent=absent)
+        return guard._agree(own, at="overflow" if overflowed else "update")
+
+    def _take(
+        self, number: int, values: dict[str, float], decision: Decision, *, clip_norm: float | None, overflowed: bool
+    ) -> Decision:
+        """Apply an update that was allowed. What breaks in the middle of that leaves weights nobody can vouch for."""
+        guard = self._guard
+        try:
+            guard._held().apply(clip_norm=clip_norm)
+        except Exception as error:  # noqa: BLE001 - an optimizer, a schedule or an average of the user's
+            reason = f"update {number} broke while it was applied: {error!r}"
+            broken = Decision(result="freeze", gate="update", rule="apply", reason=reason)
+            self._freeze(broken, update=number, readings=values, roll_back=True)
+            return broken
+        if overflowed:
+            guard._ledger.enter_overflow()
+            self._tape(number, values, clip_norm=clip_norm, decision="overflow")
+            self._shorten()
+            return OVERFLOW
+        self._tape(number, values, clip_norm=clip_norm, decision="allow")
+        self._applied(number, values, decision)
+        return decision
 
     def _tape(self, number: int, values: Mapping[str, float], *, clip_norm: float | None, decision: str) -> None:
         """Close an update on the tape that a capsule is made of."""
@@ -301,14 +343,22 @@ class Cycle:
         guard._ledger.permit(number, cycle=self.number)
         gate = guard._updates_gate
         self._early_holding = ()
-        learner.stage(
-            loss,
-            readings,
-            limits=gate.limits(armed=self.number > 0),
-            update=number,
-            latch=not gate.skips,
-            clip_norm=clip_norm,
-        )
+        try:
+            learner.stage(
+                loss,
+                readings,
+                limits=gate.limits(armed=self.number > 0),
+                update=number,
+                latch=not gate.skips,
+                clip_norm=clip_norm,
+            )
+        except UsageError:
+            raise  # before anything moved
+        except Exception as error:  # noqa: BLE001 - an optimizer or a schedule of the user's
+            reason = f"update {number} broke while it was applied: {error!r}"
+            broken = Decision(result="freeze", gate="update", rule="apply", reason=reason)
+            self._freeze(broken, update=number, roll_back=True)
+            return broken
         guard._ledger.last = number
         # Filled in when the device has told them.
         guard._awaited = {}
@@ -324,6 +374,8 @@ class Cycle:
         if staged is None:
             return self._nothing_staged()
         guard._awaited.update(staged.values)
+        if staged.withheld:
+            guard._good.tape.amend(decision="withheld")
         decision = self._judge(staged.values, staged.update)
         if staged.withheld and decision.result == "allow":
             # The device compares in its own precision; what it would not let pass, nobody lets pass.
@@ -362,7 +414,8 @@ class Cycle:
             return self._guard._updates_gate.decide(values, update=number, armed=self.number > 0, absent=absent)
         except MonitorError as error:
             # What was applied before is as sound as it was; it is this update that nobody can vouch for.
-            facts = {"withheld_in_time": not self._guard._held().late}
+            learner = self._guard._learner
+            facts = {"withheld_in_time": learner is None or not learner.late}
             return Decision(result="freeze", gate="update", rule="monitor_error", reason=str(error), facts=facts)
 
     def _honoured(self, learner: Learner) -> bool:
@@ -376,21 +429,29 @@ class Cycle:
         guard = self._guard
         guard._ledger.enter(number, values, decision.signals)
         self._update_count += 1
+        self._shorten()
+
+    def _shorten(self) -> None:
+        guard = self._guard
         if guard._good.tape.full:
             guard._good.shorten(guard._whole_state(), guard._facts(cycle=self.number))
 
     def _stopped(self, decision: Decision, number: int, values: dict[str, float], *, in_time: bool) -> Decision:
         """Record an update that did not happen, and freeze unless its batch may just be dropped."""
         guard = self._guard
-        guard._ledger.flush()
         body = {"update": number, "readings": values, "signals": [signal_facts(s) for s in decision.signals]}
         if decision.result == "skip":
+            guard._ledger.flush()
             guard._ledger.last = number
             guard._updates_gate.skipped(number)
             guard._log.append("update.skipped", {**body, "reason": decision.reason}, cycle=self.number)
             return decision
-        guard._log.append("update.withheld", body, cycle=self.number)
-        self._freeze(decision, update=number, readings=values, roll_back=not in_time, agreed=True)
+        guard._state.latch(decision.reason)  # before anything that can fail
+        try:
+            guard._ledger.flush()
+            guard._log.append("update.withheld", body, cycle=self.number)
+        finally:
+            self._freeze(decision, update=number, readings=values, roll_back=not in_time, agreed=True)
         return decision
 
     def decide_update(self, *, readings: Mapping[str, float]) -> Decision:
@@ -408,10 +469,9 @@ class Cycle:
             return _DISCARDED
         number = guard._ledger.last + 1
         guard._ledger.permit(number, cycle=self.number)
-        decision = guard._updates_gate.decide(readings, update=number, armed=self.number > 0)
-        if decision.result == "freeze":
-            self._freeze(decision, update=number, readings=readings)
-            return decision
+        decision = self._judge(readings, number)
+        if decision.result != "allow":
+            return self._stopped(decision, number, dict(readings), in_time=True)
         guard._ledger.enter(number, dict(readings), decision.signals)
         return decision
 
@@ -446,6 +506,7 @@ class Cycle:
             guard._log.append("promotion.decided", body, cycle=self.number)
             return decision
         if not decision.allowed:
+            guard._state.latch(decision.reason)  # before anything that can fail
             guard._log.append("promotion.decided", body, cycle=self.number)
             self._freeze(decision, roll_back=True, agreed=True)
             return decision
@@ -462,6 +523,7 @@ class Cycle:
         guard._log.append("promotion.applied", {"actor": learner.actor_digest()}, cycle=self.number)
         # From here on it is what a freeze goes back to. It goes to disk beside the next cycle.
         guard._good.promote(slot, cycle=self.number, update=guard._ledger.last, panel=values)
+        guard._announced.clear()  # they are a part of that state
         guard._ledger.end_lease()
         self.promoted = True
         guard._log.append("cycle.finished", {"result": "promoted"}, cycle=self.number)
@@ -488,13 +550,33 @@ class Cycle:
         return "" if learner.actor_digest() == learner.weights_digest() else "the actor has other weights after it"
 
     def _enter(self) -> bool:
-        """Listen; stop where the loop is frozen. False where this cycle no longer acts."""
+        """Listen; stop where the loop is frozen. False where this cycle no longer acts.
+
+        Raises UsageError for a cycle that is over, AuditWriteError where the log can no longer be written.
+        """
         guard = self._guard
+        if guard._closed:
+            raise UsageError("this guard is closed: open the run directory again to go on")
         guard._listen()
         if guard._state.frozen and not guard._consensus.several:
             self._abandon()
+        if self.outlived():
+            return False
+        if self.promoted or guard._cycle is not self:
+            raise UsageError(f"cycle {self.number} is over: take the next one from guard.cycles(...)")
+        guard._log.require()
         guard._good.check()
-        return not self.discarded
+        return True
+
+    def outlived(self) -> bool:
+        """Whether a freeze came over this cycle; also one that was lifted again before the cycle heard of it."""
+        guard = self._guard
+        if not self.discarded and self._resumes != guard._resumes:
+            if guard._learner is not None:
+                guard._learner.discard()
+            guard._log.append("cycle.finished", {"result": "frozen"}, cycle=self.number)
+            self.discarded = True
+        return self.discarded
 
     def _freeze(
         self,
@@ -553,6 +635,10 @@ class Cycle:
         for reason, ids in by_reason.items():
             body = {"reason": reason, "count": len(ids), "records": ids[:100]}
             guard._log.append("data.quarantined", body, cycle=self.number, sync=False)
+
+
+def _same(one: float, other: float) -> bool:
+    return one == other or (math.isnan(one) and math.isnan(other))
 
 
 def _not_installed(trouble: str) -> Decision:

@@ -25,6 +25,10 @@ class Trail:
 
     def __init__(self, entries: Iterable[Entry]) -> None:
         self.snapshots: set[str] = set()
+        self.credible: set[str | None] = {None}
+        """What the pointer may name: the last promotion that was written, or where a crash came in between, the one
+        before."""
+        self._chain: list[str | None] = [None]
         self.unsettled: int | None = None
         """The cycle of a promotion that was decided and is not known to be on disk."""
         self._acts = False
@@ -58,10 +62,15 @@ class Trail:
             case "snapshot.written" if body["promoted"]:
                 self.snapshots.add(body["snapshot"])
                 self.rolled_back = None
+                self._chain.append(body["snapshot"])
+                self.credible = set(self._chain[-2:])
             case "promotion.settled":
                 self.unsettled = None
             case "promotion.rolled_back":
                 self.unsettled, self.rolled_back = None, body["to"]
+                if body["to"] in self._chain:
+                    del self._chain[self._chain.index(body["to"]) + 1 :]
+                self.credible = {body["from"], body["to"]}
             case _:
                 return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -25,7 +26,7 @@ from loopguard.controller.lastgood import LastGood
 from loopguard.controller.learner import Learner, LoopState, integration_for
 from loopguard.controller.ledger import Ledger
 from loopguard.controller.ranks import QUIET, At, Consensus, Place, SharedStore, await_layout, compare, place
-from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
+from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, MonitorError, UsageError
 from loopguard.gates.data import DataGate
 from loopguard.gates.promotion import PromotionGate
 from loopguard.gates.tools import ToolGate
@@ -103,6 +104,11 @@ class LoopGuard:
         """The readings of an update that the device has not told yet."""
         self._resumed: tuple[str, str] | None = None
         """Who let the run go on, until the other ranks know."""
+        self._resumes = 0
+        """How often the run was let go on; a cycle of before acts no more."""
+        self._cycle: Cycle | None = None
+        self._announced: list[Expectation] = []
+        """Since the boundary: a rollback forgets them, and they are still to come."""
         self._closed = False
 
     @classmethod
@@ -199,19 +205,48 @@ class LoopGuard:
             self._calls.refuse()
             self._cells.close()
             self._calls.close()
-            self._drain()
+            self._judge_the_last()
             self._good.close()
+            lost = self._good.lost()
             if self._log.degraded:
                 self._state.freeze_unwritable("the audit log could not be written")
             else:
                 self._ledger.flush()
-                if finished and not self._state.frozen:
+                if finished and not self._state.frozen and lost is None:
                     self._log.append("run.finished", {"cycles": self.promoted_cycle or 0})
                 # A cache: an older one is still true of the record it names.
                 with suppress(DiskError):
                     self._state.remember(cycle=None)
         finally:
             self._log.close()
+        if finished and lost is not None:
+            raise lost  # what was promoted last is not on disk, and nobody else would say so
+
+    def _judge_the_last(self) -> None:
+        """Judge what nobody asks about any more: the update on the device, and whether the last was honoured."""
+        learner = self._learner
+        if learner is None or self._state.frozen or self._log.degraded:
+            self._drain()
+            return
+        staged = learner.collect()
+        if staged is not None:
+            self._awaited.update(staged.values)
+            try:
+                decision = self._updates_gate.decide(staged.values, update=staged.update, armed=True)
+            except MonitorError as error:
+                decision = Decision(result="freeze", gate="update", rule="monitor_error", reason=str(error))
+            if decision.result == "allow" and not staged.withheld:
+                self._ledger.enter(staged.update, staged.values, decision.signals)
+            else:
+                self._ledger.last = staged.update - 1
+                stop = replace(decision, result="freeze", reason=decision.reason)
+                back = not staged.withheld
+                self._freeze(
+                    stop, cycle=None, update=staged.update, readings=staged.values, roll_back=back, agreed=True
+                )
+        if (trouble := learner.trouble()) and not self._state.frozen:
+            stop = Decision(result="freeze", gate="update", rule="veto_not_honoured", reason=trouble)
+            self._freeze(stop, cycle=None, roll_back=True, agreed=True)
 
     # What a loop calls
 
@@ -250,6 +285,12 @@ class LoopGuard:
         config = {} if config is None else config
         if not isinstance(config, Mapping):
             raise UsageError(f"attach(config=...) got a {type(config).__name__}; give a dict of JSON values")
+        try:
+            json.dumps(dict(config), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"attach(config=...) takes JSON values: {error}") from error
+        if loop is not None and not (hasattr(loop, "state_dict") and hasattr(loop, "load_state_dict")):
+            raise UsageError(f"attach(loop=...) got a {type(loop).__name__}; it needs state_dict and load_state_dict")
         self._learner = integration_for(model).learner(
             model=model,
             optimizer=optimizer,
@@ -260,14 +301,18 @@ class LoopGuard:
             late=late,
         )
         self._loop = loop
-        self._config = dict(config)
+        self._config = copy.deepcopy(dict(config))
         self._meet()
         self._log.append("model.attached", self._attached())
         promoted = self._good.promoted
         if promoted is None:
             self._good.begin(self._whole_state(), self._facts(cycle=None))
         else:
-            self._put_back(self._good.go_on(), actor_too=True)
+            try:
+                self._put_back(self._good.go_on(), actor_too=True)
+            except (RuntimeError, ValueError, KeyError) as error:
+                what = "the model, its optimizers or schedulers are not those that this run was promoted with"
+                raise UsageError(f"{self.run_dir}: {what}: {error}") from error
             self._good.adopt(self._whole_state(), self._facts(cycle=promoted.cycle))
             because = "the run goes on from the last promoted state"
             self._log.append("snapshot.restored", {"snapshot": promoted.snapshot, "because": because})
@@ -290,7 +335,9 @@ class LoopGuard:
             raise UsageError(f"expect({kind!r}, at={first}): update {first} is over; the next one is {next_one}")
         if span < 1:
             raise UsageError(f"expect({kind!r}, span={span}): a change shows in at least 1 update")
-        self._updates_gate.expect(Expectation(kind=kind, at=first, span=span))
+        announced = Expectation(kind=kind, at=first, span=span)
+        self._announced.append(announced)
+        self._updates_gate.expect(announced)
         self._log.append("update.expected", {"kind": kind, "at": first, "span": span}, sync=False)
 
     def protect(self, texts: Iterable[str]) -> int:
@@ -312,12 +359,14 @@ class LoopGuard:
                 self._stop()
                 continue
             self._cells.start()
-            cycle = Cycle(self, number)
+            cycle = self._cycle = Cycle(self, number)
+            self._good.tape.drop()  # batches that nothing came of
             with self._telling():
                 self._log.append("cycle.started", {}, cycle=number)
             yield cycle
-            if not cycle.discarded:
+            if not cycle.outlived():
                 self._end(cycle)
+            if not cycle.discarded:
                 number += 1
 
     @property
@@ -495,11 +544,12 @@ class LoopGuard:
         if self.policy.freeze.running_calls == "kill":
             self._cells.kill_running()
         self._drain()
-        self._ledger.flush()
         capsule = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
-        restored = None
-        if roll_back and self._learner is not None and self._good.held:
-            restored = self._restore(actor_too=False, because=f"freeze {freeze}")
+        back = roll_back and self._learner is not None and self._good.held
+        if back:
+            self._go_back(actor_too=False)  # before the log, which a full disk can stop
+        self._ledger.flush()
+        restored = self._record_going_back(because=f"freeze {freeze}") if back else None
         self._state.freeze(
             decision,
             cycle=cycle,
@@ -523,12 +573,16 @@ class LoopGuard:
                 raise LoopFrozen(self._state.freeze_id, self._state.reason)
 
     def _resume(self, *, by: str, reason: str) -> None:
+        back = self._learner is not None and self._good.held
+        if back:
+            self._go_back(actor_too=True)  # first: a run that could not go back stays frozen
         self._state.resume(by=by, reason=reason)
+        self._resumes += 1
         self._resumed = by, reason
         self._consensus.resumed()
         self._tools.forget()
-        if self._learner is not None and self._good.held:
-            self._restore(actor_too=True, because="resumed: the frozen cycle is rolled back")
+        if back:
+            self._record_going_back(because="resumed: the frozen cycle is rolled back")
 
     def _capsule(
         self,
@@ -568,7 +622,7 @@ class LoopGuard:
                 suspect_state=self._whole_state() if learner is not None else None,
                 facts=facts,
             )
-        except DiskError as error:
+        except Exception as error:  # noqa: BLE001 - a loop's own state_dict may raise anything; the freeze comes first
             return {"capsule": None, "capsule_trouble": f"the capsule could not be written: {error}"}
         return {
             "capsule": str(folder.relative_to(self.run_dir)),
@@ -578,10 +632,7 @@ class LoopGuard:
 
     def _attached(self) -> dict[str, Any]:
         learner = self._held()
-        try:
-            text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"attach(config=...) takes JSON values: {error}") from error
+        text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), allow_nan=False)
         digest = hashlib.sha256(text.encode()).hexdigest()
         return {"weights": learner.weights_digest(), "config": digest, "late": learner.late} | learner.settings()
 
@@ -607,8 +658,17 @@ class LoopGuard:
 
     def _restore(self, *, actor_too: bool, because: str) -> str:
         """Go back to the boundary; gives the name of its snapshot."""
+        self._go_back(actor_too=actor_too)
+        return self._record_going_back(because=because)
+
+    def _go_back(self, *, actor_too: bool) -> None:
         self._put_back(self._good.state(), actor_too=actor_too)
         self._good.rewind()
+        for announced in self._announced:
+            if announced.at + announced.span > self._ledger.last:
+                self._updates_gate.expect(announced)
+
+    def _record_going_back(self, *, because: str) -> str:
         snapshot = self._good.digest() or "kept in memory alone"
         self._log.append("snapshot.restored", {"snapshot": snapshot, "because": because})
         return snapshot
@@ -616,7 +676,8 @@ class LoopGuard:
     def _put_back(self, state: dict[str, Any], *, actor_too: bool) -> None:
         learner = self._held()
         if self._loop is not None:
-            self._loop.load_state_dict(state["loop"])
+            # A copy: a loop may keep what it is given and write to it.
+            self._loop.load_state_dict(copy.deepcopy(state["loop"]))
         self._ledger.go_to(state["updates"])
         self._updates_gate.load_state_dict(state["update_gate"])
         self._data.load_state_dict(state["data_gate"])
@@ -631,13 +692,16 @@ class LoopGuard:
             return
         self._awaited.update(staged.values)
         if staged.withheld:
+            self._good.tape.amend(decision="withheld")
             self._ledger.last = staged.update - 1
         else:
             self._ledger.enter(staged.update, staged.values)
 
     def _end(self, cycle: Cycle) -> None:
         """The loop's body is through. Weights that act must have been promoted."""
-        if cycle.promoted or (self._learner is not None and not cycle._collect(self._learner)):
+        if cycle.promoted:
+            return
+        if self._learner is not None and not (cycle._collect(self._learner) and cycle._honoured(self._learner)):
             return
         self._ledger.flush()
         if self._learner is not None and self._learner.same_actor and self._good.held:
@@ -653,8 +717,12 @@ class LoopGuard:
         trail = directories.Trail(read.entries(self.run_dir, self._consensus.place.stream))
         promoted = self._good.promoted
         pointer = promoted.snapshot if promoted else None
-        if leads and pointer not in {None, *trail.snapshots}:
-            reason = f"snapshots/promoted.json names {pointer}, which no promotion in the log names"
+        if leads and pointer not in trail.credible:
+            reason = (
+                "snapshots/promoted.json is gone, and the log tells of promotions"
+                if pointer is None
+                else f"snapshots/promoted.json names {pointer[:12]}, which is not what the log promoted last"
+            )
             self._state.freeze(
                 Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
             )

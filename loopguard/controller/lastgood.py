@@ -134,6 +134,10 @@ class LastGood:
         if (trouble := self._writer.trouble) is not None:
             raise trouble
 
+    def lost(self) -> Exception | None:
+        """Why the last of it did not reach the disk, or None. To be asked after `close`."""
+        return self._writer.trouble
+
     def wait(self) -> None:
         """Until everything is on disk. Raises DiskError."""
         if self._under_way is not None:

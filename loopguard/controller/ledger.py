@@ -63,6 +63,9 @@ class Ledger:
     def flush(self) -> None:
         """Record what was entered since the last time."""
         if not self._entered:
+            if self._overflows:
+                self._log.append("update.overflowed", {"count": self._overflows}, sync=False)
+                self._overflows = 0
             return
         readings: dict[str, list[float]] = defaultdict(list)
         for _, values in self._entered:

@@ -29,8 +29,8 @@ class PromotionGate:
     def __init__(self, promotion: Promotion) -> None:
         self._metrics = {metric.metric: metric for metric in promotion.panel}
         counted = [metric for metric in promotion.panel if metric.problem_count is not None]
-        self._monitors = [
-            monitors.build(
+        self._monitors = {
+            metric.metric: monitors.build(
                 "eprocess",
                 metric=metric.metric,
                 good=metric.good,
@@ -38,7 +38,7 @@ class PromotionGate:
                 every=float(promotion.false_alarm_every * len(counted)),
             )
             for metric in counted
-        ]
+        }
 
     def decide(self, panel: Mapping[str, float], *, previous: Mapping[str, float] | None, cycle: int) -> Decision:
         """Judge a panel. Without a `previous` one (the first promotion of a run) only the domains are checked.
@@ -68,7 +68,7 @@ class PromotionGate:
 
     def _evidence(self, panel: Mapping[str, float], cycle: int) -> list[Signal]:
         found = []
-        for monitor in self._monitors:
+        for monitor in self._monitors.values():
             try:
                 signal = monitor.read(panel[monitor.metric], at=cycle)
             except Exception as error:
@@ -79,12 +79,11 @@ class PromotionGate:
 
     def state_dict(self) -> dict[str, Any]:
         """What the monitors have seen."""
-        return {"monitors": [monitor.state_dict() for monitor in self._monitors]}
+        return {"monitors": {name: monitor.state_dict() for name, monitor in self._monitors.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
-        for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
-            monitor.load_state_dict(saved)
+        """Continue from there. A monitor that has no state there, or one of other settings, begins to learn."""
+        monitors.restore(self._monitors, state["monitors"])
 
 
 def held(holding: tuple[Signal, ...]) -> Decision:

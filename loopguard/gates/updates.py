@@ -37,10 +37,17 @@ class UpdateGate:
         statistical = sum(rule.kind != "bounds" for rule in rules)
         # One rate for the run, shared: each of m monitors may cry wolf m times as seldom.
         every = float(updates.false_alarm_every * max(statistical, 1))
-        built = [_build(rule, loss_kind=updates.loss_kind, every=every) for rule in rules]
-        self._monitors = built
+        self._named = {
+            f"{rule.kind} {rule.metric}": _build(rule, loss_kind=updates.loss_kind, every=every) for rule in rules
+        }
+        self._optional: set[monitors.Monitor] = set()
+        if "bounds grad_norm" not in self._named:
+            # Whatever a policy leaves out: a gradient that is not a number never reaches the weights.
+            self._named["bounds grad_norm"] = monitors.build("bounds", metric="grad_norm")
+            self._optional.add(self._named["bounds grad_norm"])
+        self._monitors = list(self._named.values())
         # Immediate monitors first: a value that is impossible never enters the statistics of the others.
-        self._in_order = sorted(built, key=lambda monitor: not monitor.immediate)
+        self._in_order = sorted(self._monitors, key=lambda monitor: not monitor.immediate)
         self._skip = freeze.skip_at_most if freeze.on_trip == "skip" else None
         self._skipped_at: deque[int] = deque()
         self._warnings: dict[str, Signal] = {}
@@ -73,7 +80,7 @@ class UpdateGate:
         for monitor in self._in_order:
             value = readings.get(monitor.metric)
             if value is None:
-                if monitor.metric in absent:
+                if monitor.metric in absent or monitor in self._optional:
                     continue
                 return self._freeze(f"missing:{monitor.metric}", _missing(monitor.metric, update))
             try:
@@ -145,12 +152,14 @@ class UpdateGate:
 
     def state_dict(self) -> dict[str, Any]:
         """What the monitors have seen, and which updates were skipped."""
-        return {"monitors": [m.state_dict() for m in self._monitors], "skipped_at": list(self._skipped_at)}
+        return {
+            "monitors": {name: monitor.state_dict() for name, monitor in self._named.items()},
+            "skipped_at": list(self._skipped_at),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from there."""
-        for monitor, saved in zip(self._monitors, state["monitors"], strict=True):
-            monitor.load_state_dict(saved)
+        """Continue from there. A monitor that has no state there, or one of other settings, begins to learn."""
+        monitors.restore(self._named, state["monitors"])
         self._skipped_at = deque(state["skipped_at"])
         self._warnings = {}
 

@@ -7,6 +7,7 @@ the file and one line in `_KINDS`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 from loopguard.monitors.base import Monitor
@@ -57,4 +58,19 @@ def defaults(
     return [bounds, *(build(kind, metric=metric, every=share, **settings) for kind, settings in watched)]
 
 
-__all__ = ["KINDS", "Monitor", "build", "defaults"]
+def restore(named: Mapping[str, Monitor], states: Mapping[str, Any]) -> None:
+    """Let monitors continue from states under the same names.
+
+    One that has no state there, or one of other settings, starts to learn: so it is where a run is given another
+    policy.
+    """
+    for name, monitor in named.items():
+        monitor.rebase()
+        if name in states:
+            try:
+                monitor.load_state_dict(states[name])
+            except (KeyError, TypeError, ValueError):
+                monitor.rebase()
+
+
+__all__ = ["KINDS", "Monitor", "build", "defaults", "restore"]

@@ -98,7 +98,7 @@ def _updates(updates: Updates) -> Iterator[Lint]:
     if updates.loss_kind != "surrogate" and not any(kind == "drift" for kind, _ in watched):
         yield where, "no drift monitor: a loss that gets worse by a little in each update goes unseen"
     if ("bounds", "grad_norm") not in watched:
-        yield where, "no bounds monitor watches grad_norm: a finite loss with a gradient that is not would be applied"
+        yield where, "no bounds monitor watches grad_norm: it is stopped where it is no number, and missed by nobody"
     for i, rule in enumerate(updates.monitors):
         if rule.kind == "bounds" and updates.loss_kind == "discrete" and _exactly_zero(rule):
             message = "a discrete loss may come out at -1e-12 by rounding; leave min out, loss_kind already implies it"

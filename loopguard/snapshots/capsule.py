@@ -18,6 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -196,7 +197,8 @@ def _give_back(folder: Path) -> None:
     for part in ("start", "suspect"):
         shutil.rmtree(folder / part, ignore_errors=True)
     for name in (taping.TENSORS, taping.UPDATES):
-        (folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # there may be no folder at all
+            (folder / name).unlink(missing_ok=True)
 
 
 def _parsed(folder: Path, data: bytes) -> dict[str, Any]:

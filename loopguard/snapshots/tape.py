@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 TENSORS = "tape.safetensors"
 UPDATES = "tape.json"
-_OVERHEAD = 300
+_OVERHEAD = 700
 """Bytes of an update or a batch beside what is measured. Near enough for a bound."""
 
 
@@ -119,6 +119,16 @@ class Tape:
         self._updates.append(_Update(facts, readings, self._open))
         self._open = []
         self.bytes += _OVERHEAD
+
+    def amend(self, *, decision: str) -> None:
+        """Say what became of the last update, where that was not known when it was settled."""
+        if self._updates:
+            self._updates[-1].facts["decision"] = decision
+
+    def drop(self) -> None:
+        """Forget the batches that no update was made of."""
+        self.bytes -= sum(batch.bytes for batch in self._open)
+        self._open = []
 
     @property
     def empty(self) -> bool:

@@ -102,7 +102,26 @@ def test_one_rate_of_false_alarms_is_shared_by_the_monitors():
         {"kind": "drift", "metric": "loss"},
     ]
     watch = gate(monitors=rules)
-    assert [getattr(monitor, "every", None) for monitor in watch._monitors] == [None, 200_000.0, 200_000.0]
+    assert [getattr(monitor, "every", None) for monitor in watch._monitors[:3]] == [None, 200_000.0, 200_000.0]
+
+
+def test_a_gradient_that_is_no_number_is_stopped_though_no_rule_names_it():
+    watch = gate(monitors=[{"kind": "bounds", "metric": "loss"}])
+    assert watch.decide({"loss": 1.0}, update=1, armed=True).result == "allow"
+    assert decide(watch, 1.0, 2, grad_norm=math.inf).rule == "bounds:grad_norm"
+
+
+def test_under_another_policy_known_monitors_go_on_and_new_ones_begin_to_learn():
+    old = steady(gate())
+    rules = [
+        {"kind": "drift", "metric": "loss"},
+        {"kind": "bounds", "metric": "loss"},
+        {"kind": "bounds", "metric": "grad_norm", "min": 0.0},
+        {"kind": "jump", "metric": "loss"},
+    ]
+    new = gate(monitors=rules)
+    new.load_state_dict(old.state_dict())
+    assert any(decide(new, 0.5, update).result == "freeze" for update in range(80, 90))
 
 
 def test_an_absent_metric_is_only_missed_where_nobody_said_so():
@@ -114,9 +133,9 @@ def test_an_impossible_value_never_enters_the_statistics():
     watch = gate()
     for update in range(1, 60):
         decide(watch, 2.0, update)
-    before = watch.state_dict()["monitors"][0]
+    before = watch.state_dict()["monitors"]["jump loss"]
     decide(watch, math.nan, 60)
-    assert watch.state_dict()["monitors"][0] == before
+    assert watch.state_dict()["monitors"]["jump loss"] == before
 
 
 def test_a_monitor_that_raises_is_a_monitor_error_with_its_cause(monkeypatch):

@@ -87,10 +87,14 @@ class TorchLearner:
         the scaler's business, and `apply` lets it take no step. Raises UsageError where there is nothing to apply.
         """
         check_numbers({"loss": loss, **(extra or {})})
-        self._overflowed = self._steps.unscale()
-        self._norm = self._steps.norm()
-        values = {"loss": loss} | ({} if self._overflowed else {"grad_norm": self._norm}) | dict(extra or {})
-        numbers = read(values.values())
+        try:
+            self._overflowed = self._steps.unscale()
+            self._norm = self._steps.norm()
+            values = {"loss": loss} | ({} if self._overflowed else {"grad_norm": self._norm}) | dict(extra or {})
+            numbers = read(values.values())
+        except BaseException:
+            self._end()  # else a scaler would take the next gradients for unscaled ones
+            raise
         return Readings(dict(zip(values, numbers, strict=True)), overflowed=self._overflowed)
 
     def apply(self, *, clip_norm: float | None) -> None:
@@ -98,14 +102,18 @@ class TorchLearner:
 
         On an overflow the scaler takes no step and lowers its scale; schedules and averages do not tick.
         """
+        if self._overflowed:
+            self._steps.pass_over()
+            self._buffers.keep()
+            self._end()
+            return
         if clip_norm is not None and self._norm is not None:
             self._steps.clip(self._norm, to=clip_norm)
         self._steps.take()
-        if not self._overflowed:
-            for scheduler in self.schedulers:
-                scheduler.step()
-            for average in self.averages:
-                average.update_parameters(self.model)
+        for scheduler in self.schedulers:
+            scheduler.step()
+        for average in self.averages:
+            average.update_parameters(self.model)
         self._evidence = self._steps.evidence()
         self._buffers.keep()
         self._end()
@@ -217,7 +225,7 @@ class TorchLearner:
         if self.scaler is not None:
             self.scaler.load_state_dict(state["scaler"])
         for average, saved in zip(self.averages, state["averages"], strict=True):
-            average.load_state_dict(saved)
+            average.load_state_dict(copy.deepcopy(saved))
         if actor_too and self.actor is not None:
             self.actor.load_state_dict(state["model"])
         self._buffers.keep()
@@ -291,6 +299,8 @@ def learner(
             raise UsageError(
                 "attach(scheduler=...) got a ReduceLROnPlateau; it needs a metric: tick it where that is known"
             )
+        if not all(hasattr(one, name) for name in ("step", "state_dict", "load_state_dict")):
+            raise UsageError(f"attach(scheduler=...) got a {type(one).__name__}; give a learning rate scheduler")
     for one in _several(averages):
         if not all(hasattr(one, name) for name in ("update_parameters", "state_dict", "load_state_dict")):
             raise UsageError(

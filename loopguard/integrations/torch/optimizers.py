@@ -22,11 +22,23 @@ def put_back(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
     own_format = type(optimizer).state_dict is not torch.optim.Optimizer.state_dict
     if own_format or not _fits(live, saved):
         optimizer.load_state_dict(copy.deepcopy(saved))
+        if not own_format:
+            _keep_types(optimizer, saved)
         return
     for key, entry in saved["state"].items():
         _fill(live["state"][key], entry)
     for group, entry in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         _fill(group, {key: value for key, value in entry.items() if key != "params"})
+
+
+def _keep_types(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Undo that torch casts state to the type of its parameter: a copy in full precision would lose its last bits."""
+    for group, entry in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for parameter, place in zip(group["params"], entry["params"], strict=True):
+            for key, value in saved["state"].get(place, {}).items():
+                live = optimizer.state[parameter].get(key)
+                if isinstance(value, torch.Tensor) and isinstance(live, torch.Tensor) and live.dtype != value.dtype:
+                    optimizer.state[parameter][key] = value.detach().clone().to(live.device)
 
 
 def _fits(live: Any, saved: Any) -> bool:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Steps:
     """The optimizers of one model, which step together or not at all, each behind its own closed veto.
 
-    With a scaler each of them steps through it, as in a loop without a guard: the scaler leaves out those whose own
-    gradients overflowed.
+    With a scaler each of them steps through it. Where the gradients of one overflow none of them steps, since they are
+    one update; a loop without a guard would step the others.
     """
 
     def __init__(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer], scaler: Any = None) -> None:
@@ -61,10 +61,20 @@ class Steps:
         for optimizer in self.optimizers:
             # Private, but there is no other way to learn what the scaler will do; a test pins it.
             if not self.scaler._found_inf_per_device(optimizer):
-                self.scaler.unscale_(optimizer)
+                self._unscale(optimizer)
         self._unscaled = True
         found = [f for optimizer in self.optimizers for f in self.scaler._found_inf_per_device(optimizer).values()]
         return any(bool(one) for one in found)
+
+    def _unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        assert self.scaler is not None
+        try:
+            self.scaler.unscale_(optimizer)
+        except AssertionError as error:
+            # It has never scaled anything, so the gradients are not its own.
+            raise UsageError(
+                "the guard was given a scaler that scaled nothing: call scaler.scale(loss).backward()"
+            ) from error
 
     def norm(self) -> torch.Tensor:
         """The total norm of all gradients, still on its device. Raises UsageError where there is none."""
@@ -99,6 +109,12 @@ class Steps:
         """What the steps that were just taken left behind. They were allowed: only a scaler may have withheld one."""
         left = [veto.evidence for veto in self.vetoes]
         return left if self.scaler is not None else [one and one._replace(withheld=0.0) for one in left]
+
+    def pass_over(self) -> None:
+        """Gradients do not fit: the scaler lowers its scale, and no optimizer steps, also none whose own would fit."""
+        assert self.scaler is not None
+        self.scaler.update()
+        self._unscaled = False
 
     def drop(self) -> None:
         """Zero the gradients; a scaler forgets that it saw them, and counts nothing."""
