@@ -637,13 +637,12 @@ class LoopGuard:
         return {"weights": learner.weights_digest(), "config": digest, "late": learner.late} | learner.settings()
 
     def _facts(self, *, cycle: int | None) -> dict[str, Any]:
-        """What a snapshot says of where it comes from."""
+        """What a snapshot says of where it comes from. Equal states of two runs have equal names by it."""
         return {
             "policy": self.policy_digest,
             "versions": directories.versions(),
             "cycle": cycle,
             "update": self._ledger.last,
-            "epoch": self._log.epoch,
         }
 
     def _whole_state(self) -> dict[str, Any]:

@@ -118,5 +118,5 @@ def test_a_full_disk_is_an_error_on_every_rank_and_leaves_nothing(small_disk):
 
 def test_a_plain_reader_says_who_can_read_it(saved):
     folder, (first, _) = saved
-    with pytest.raises(SnapshotError, match="load_sharded"):
+    with pytest.raises(SnapshotError, match="was written by several ranks"):
         SnapshotStore(folder / "snapshots").read(first["digest"])
