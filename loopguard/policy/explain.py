@@ -61,6 +61,11 @@ NOT_YET: dict[Where, frozenset[str]] = {
 }
 """Keys that a later LoopGuard may read, by section. Accepting them now would promise what nothing keeps."""
 
+GONE: dict[Where, frozenset[str]] = {
+    ("updates", "monitors"): frozenset({"threshold", "window", "confirm", "warmup"}),
+}
+"""Keys that LoopGuard once read. What a jump is follows from the run's own noise and from `false_alarm_every`."""
+
 _TYPES = {
     "string": "text",
     "int": "a whole number",
@@ -192,6 +197,10 @@ def _misspelt(where: Where, source: Source) -> bool:
 def _about_key(key: str, parent: Where, section: Section | None) -> str:
     if _is_not_yet(key, parent):
         return f"no code enforces {'.'.join((*_names(parent), key))!r} yet; take it out"
+    if key in GONE.get(_names(parent), ()):
+        return (
+            f"{key!r} is gone: limits follow from the run's own noise and from updates.false_alarm_every; take it out"
+        )
     known = _keys(section)
     near = did_you_mean(key, known)
     if homes := sorted({home for home in _homes(GuardPolicy) if home.rpartition(".")[2] == key}):
