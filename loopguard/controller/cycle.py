@@ -341,17 +341,21 @@ class Cycle:
             return _DISCARDED
         number = guard._ledger.last + 1
         guard._ledger.permit(number, cycle=self.number)
-        gate = guard._updates_gate
         self._early_holding = ()
+        # As in `update`: a freeze on another thread comes before this update or after it.
+        with guard._turn:
+            if not (guard._state.frozen and not guard._consensus.several):
+                return self._put_on_device(learner, number, loss, clip_norm=clip_norm, readings=readings)
+        self._abandon()
+        return _DISCARDED
+
+    def _put_on_device(
+        self, learner: Learner, number: int, loss: Any, *, clip_norm: float | None, readings: Mapping[str, Any]
+    ) -> Decision:
+        guard, gate = self._guard, self._guard._updates_gate
+        limits = gate.limits(armed=self.number > 0)
         try:
-            learner.stage(
-                loss,
-                readings,
-                limits=gate.limits(armed=self.number > 0),
-                update=number,
-                latch=not gate.skips,
-                clip_norm=clip_norm,
-            )
+            learner.stage(loss, readings, limits=limits, update=number, latch=not gate.skips, clip_norm=clip_norm)
         except UsageError:
             raise  # before anything moved
         except Exception as error:  # noqa: BLE001 - an optimizer or a schedule of the user's
