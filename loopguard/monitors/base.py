@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from loopguard.types import Expectation, Signal
+
 if TYPE_CHECKING:
-    from loopguard.types import Expectation, Signal
+    from collections.abc import Iterable
 
 
 class Monitor(Protocol):
@@ -48,3 +50,19 @@ class Monitor(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that `state_dict` gave."""
         ...
+
+
+def unusable(monitor: str, metric: str, value: float, *, at: int, because: str) -> Signal:
+    """What a monitor says of a value that it cannot compute with: a warning that holds, and never a silent pass."""
+    reason = f"{metric} is {value}, which {because}; watch it with bounds"
+    return Signal(level="warn", monitor=monitor, metric=metric, value=value, at=at, since=at, holds=True, reason=reason)
+
+
+def saved(expected: Iterable[Expectation]) -> list[list[Any]]:
+    """Announcements as a monitor's state holds them."""
+    return [[each.kind, each.at, each.span] for each in expected]
+
+
+def loaded(state: Iterable[Any]) -> list[Expectation]:
+    """Announcements out of such a state."""
+    return [Expectation(kind=kind, at=at, span=span) for kind, at, span in state]

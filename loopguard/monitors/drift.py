@@ -7,6 +7,7 @@ from collections import deque
 from itertools import pairwise
 from typing import Any, Literal
 
+from loopguard.monitors.base import loaded, saved, unusable
 from loopguard.types import Expectation, Signal
 
 _KEPT_BLOCKS = 20
@@ -91,7 +92,7 @@ class Drift:
     def read(self, value: float, *, at: int, armed: bool = True) -> Signal | None:
         """Take a value; judges once a block is full, from nine blocks on."""
         if not -_USABLE < value < _USABLE:
-            return self._unusable(value, at)
+            return unusable("drift", self.metric, value, at=at, because="drift cannot compare with anything")
         if self._expected and self._excused(at):
             return None
         values = self._values
@@ -151,19 +152,13 @@ class Drift:
         self._expected = [each for each in self._expected if at < each.at + each.span]
         return any(each in self._expected for each in now)
 
-    def _unusable(self, value: float, at: int) -> Signal:
-        reason = f"{self.metric} is {value}, which drift cannot compare with anything; watch it with bounds"
-        return Signal(
-            level="warn", monitor="drift", metric=self.metric, value=value, at=at, since=at, holds=True, reason=reason
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """The blocks, the readings of the block under way, and what is expected."""
         return {
             "values": list(self._values),
             "begun": self._begun,
             "blocks": [list(block) for block in self._blocks],
-            "expected": [[each.kind, each.at, each.span] for each in self._expected],
+            "expected": saved(self._expected),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -171,4 +166,4 @@ class Drift:
         self._values = list(state["values"])
         self._begun = int(state["begun"])
         self._blocks = deque(((middle, spread, at) for middle, spread, at in state["blocks"]), maxlen=_KEPT_BLOCKS)
-        self._expected = [Expectation(kind=kind, at=at, span=span) for kind, at, span in state["expected"]]
+        self._expected = loaded(state["expected"])

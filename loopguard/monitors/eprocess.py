@@ -6,6 +6,7 @@ import math
 from collections import deque
 from typing import Any, Literal
 
+from loopguard.monitors.base import loaded, saved, unusable
 from loopguard.types import Expectation, Signal
 
 _WORSE = (-0.25, -0.5, -1.0, -2.0)
@@ -96,7 +97,7 @@ class EProcess:
     def read(self, value: float, *, at: int, armed: bool = True) -> Signal | None:
         """Take the share of problems solved in one evaluation, 0 to 1."""
         if not 0.0 <= value <= 1.0:
-            return self._unusable(value, at)
+            return unusable("eprocess", self.metric, value, at=at, because="is no share of problems")
         if self._expected and self._excused(at):
             return None
         solved = round(value * self.problems)
@@ -171,7 +172,7 @@ class EProcess:
         side = "below" if self.good == "up" else "above"
         verb = "is" if level == "trip" else "may be"
         reason = (
-            f"{self.metric} {verb} {side} the {bound:.3g} that was accepted, since update {since}: "
+            f"{self.metric} {verb} {side} the {bound:.3g} that was accepted, since evaluation {since}: "
             f"by chance alone so much evidence comes at most once in {math.exp(min(total, 100.0)):,.0f} evaluations"
         )
         return Signal(
@@ -180,19 +181,6 @@ class EProcess:
             score=total, since=since, direction="down" if self.good == "up" else "up",
             once_in=math.exp(min(total, 100.0)), holds=level == "warn", reason=reason,
         )  # fmt: skip
-
-    def _unusable(self, value: float, at: int) -> Signal:
-        reason = f"{self.metric} is {value}, which is no share of problems; watch it with bounds"
-        return Signal(
-            level="warn",
-            monitor="eprocess",
-            metric=self.metric,
-            value=value,
-            at=at,
-            since=at,
-            holds=True,
-            reason=reason,
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """The evaluations that the bound comes from, the evidence, and what is expected."""
@@ -203,7 +191,7 @@ class EProcess:
             "ratios": [list(pair) for pair in self._ratios],
             "age": self._age,
             "bound": self._bound,
-            "expected": [[each.kind, each.at, each.span] for each in self._expected],
+            "expected": saved(self._expected),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -212,7 +200,7 @@ class EProcess:
         self._evidence, self._since = list(state["evidence"]), list(state["since"])
         self._ratios = [(each, other) for each, other in state["ratios"]]
         self._age, self._bound = int(state["age"]), float(state["bound"])
-        self._expected = [Expectation(kind=kind, at=at, span=span) for kind, at, span in state["expected"]]
+        self._expected = loaded(state["expected"])
 
 
 def _divergence(rate: float, other: float) -> float:

@@ -7,6 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Any, Literal
 
+from loopguard.monitors.base import loaded, saved, unusable
 from loopguard.monitors.chart import Chart, odds
 from loopguard.types import Expectation, Signal
 
@@ -175,7 +176,7 @@ class Jump:
                 return None
             return self._judge(value, up, down, at)
         if not -_USABLE < value < _USABLE:
-            return self._unusable(value, at)
+            return unusable("jump", self.metric, value, at=at, because="jump cannot compare with anything")
         if self._ready and armed:
             return self._announced(value, at)
         self._learn(value)
@@ -183,7 +184,7 @@ class Jump:
 
     def _judge(self, value: float, up: float, down: float, at: int) -> Signal | None:
         if not -_USABLE < value < _USABLE:
-            return self._unusable(value, at)
+            return unusable("jump", self.metric, value, at=at, because="jump cannot compare with anything")
         if self._is_absurd(value):
             return self._absurd(value, at)
         if not self._full and self.good == "down":
@@ -395,12 +396,6 @@ class Jump:
             since=at, direction=direction, at_once=True, reason=reason,
         )  # fmt: skip
 
-    def _unusable(self, value: float, at: int) -> Signal:
-        reason = f"{self.metric} is {value}, which jump cannot compare with anything; watch it with bounds"
-        return Signal(
-            level="warn", monitor="jump", metric=self.metric, value=value, at=at, since=at, holds=True, reason=reason
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """The baseline, what waits beside it, the charts, and what is expected."""
         return {
@@ -409,7 +404,7 @@ class Jump:
             "aside": list(self._aside),
             "reach": self._reach if math.isfinite(self._reach) else None,
             "charts": [chart.state_dict() for chart in self._charts],
-            "expected": [[each.kind, each.at, each.span] for each in self._expected],
+            "expected": saved(self._expected),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -419,9 +414,9 @@ class Jump:
         self._base = deque(state["base"], maxlen=self.window)
         self._aside = deque(state["aside"], maxlen=self.window)
         self._reach = math.inf if state["reach"] is None else state["reach"]
-        for chart, saved in zip(self._charts, state["charts"], strict=True):
-            chart.load_state_dict(saved)
-        self._expected = [Expectation(kind=kind, at=at, span=span) for kind, at, span in state["expected"]]
+        for chart, kept in zip(self._charts, state["charts"], strict=True):
+            chart.load_state_dict(kept)
+        self._expected = loaded(state["expected"])
         self._due = self._expected[0].at if self._expected else math.inf
 
 

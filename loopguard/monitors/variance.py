@@ -7,6 +7,7 @@ from collections import deque
 from statistics import median
 from typing import Any, Literal
 
+from loopguard.monitors.base import loaded, saved, unusable
 from loopguard.monitors.chart import Chart, odds
 from loopguard.types import Expectation, Signal
 
@@ -85,7 +86,7 @@ class Variance:
         """Take a value and judge its step; while not `armed`, and for the first 48 steps, only learn from it."""
         last = self._last
         if not -_USABLE < value < _USABLE:
-            return self._unusable(value, at)
+            return unusable("variance", self.metric, value, at=at, because="variance cannot compare with anything")
         self._last = value
         if last is None:
             return None
@@ -186,19 +187,6 @@ class Variance:
             reason=reason,
         )  # fmt: skip
 
-    def _unusable(self, value: float, at: int) -> Signal:
-        reason = f"{self.metric} is {value}, which variance cannot compare with anything; watch it with bounds"
-        return Signal(
-            level="warn",
-            monitor="variance",
-            metric=self.metric,
-            value=value,
-            at=at,
-            since=at,
-            holds=True,
-            reason=reason,
-        )
-
     def state_dict(self) -> dict[str, Any]:
         """The steps, what waits beside them, the chart, and what is expected."""
         return {
@@ -206,7 +194,7 @@ class Variance:
             "steps": list(self._steps),
             "aside": list(self._aside),
             "chart": self._chart.state_dict(),
-            "expected": [[each.kind, each.at, each.span] for each in self._expected],
+            "expected": saved(self._expected),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -216,7 +204,7 @@ class Variance:
         self._steps = deque(state["steps"], maxlen=_WINDOW)
         self._aside = deque(state["aside"], maxlen=_WINDOW)
         self._chart.load_state_dict(state["chart"])
-        self._expected = [Expectation(kind=kind, at=at, span=span) for kind, at, span in state["expected"]]
+        self._expected = loaded(state["expected"])
 
 
 _KEPT = ("seen", "last", "fresh", "ready", "usual", "quiet")
