@@ -109,7 +109,7 @@ class TestBesideTheTraining:
         assert verify(lab.run_dir).code == 20
 
     def test_a_disk_that_does_not_take_it_is_told_at_the_next_gate(self, lab, monkeypatch):
-        with lab.open() as guard:
+        with pytest.raises(DiskError, match="No space left"), lab.open() as guard:
             lab.build(guard)
             guard._good.wait()
 
@@ -125,6 +125,12 @@ class TestBesideTheTraining:
             with pytest.raises(DiskError, match="No space left"):
                 for _ in range(100):
                     lab.update(cycle)
+            # And at every gate after it: whoever catches it does not go on without a state to go back to.
+            before = guard.state_digest()
+            for _ in range(2):
+                with pytest.raises(DiskError, match="No space left"):
+                    lab.update(cycle)
+            assert guard.state_digest() == before
 
     def test_the_last_good_state_is_left_alone_while_the_run_is_frozen(self, lab):
         with lab.open() as guard:

@@ -332,6 +332,7 @@ class TestStates:
             monkeypatch.setattr(SnapshotStore, "write", full)
             lab.promote(cycle)
         assert not lab.events("run.finished")
+        assert standing(lab.run_dir).cycle is None
 
 
 class TestLate:

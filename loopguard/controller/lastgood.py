@@ -40,6 +40,7 @@ class LastGood:
         self._ring = Ring()
         self._writer = Writer(self.store)
         self._under_way: Written | None = None
+        self._lost: Exception | None = None
         self._digest: str | None = self.promoted.snapshot if self.promoted else None
 
     def share(self, store: SnapshotStore, promoted: Promoted | None) -> None:
@@ -131,12 +132,13 @@ class LastGood:
 
     def check(self) -> None:
         """Raise DiskError (or AuditWriteError) where a snapshot or its record did not reach the disk."""
-        if (trouble := self._writer.trouble) is not None:
-            raise trouble
+        if (lost := self.lost()) is not None:
+            raise lost
 
     def lost(self) -> Exception | None:
-        """Why the last of it did not reach the disk, or None. To be asked after `close`."""
-        return self._writer.trouble
+        """Why a snapshot did not reach the disk, or None. Once so, for good: a start goes back to what is there."""
+        self._lost = self._lost or self._writer.trouble
+        return self._lost
 
     def wait(self) -> None:
         """Until everything is on disk. Raises DiskError."""

@@ -39,7 +39,7 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DiskError(
             f"{path} could not be written: {error.strerror}. Mend that and run the same command again; "
-            f"nothing was lost that had been promoted"
+            f"it goes on from the last promotion that is on disk"
         ) from error
 
 
