@@ -214,8 +214,9 @@ class LoopGuard:
                 self._ledger.flush()
                 if finished and not self._state.frozen and lost is None:
                     self._log.append("run.finished", {"cycles": self.promoted_cycle or 0})
-                # A cache: an older one is still true of the record it names. What did not reach the disk is not promoted.
+                # A cache: an older one is still true of the record it names.
                 with suppress(DiskError):
+                    # What did not reach the disk is not promoted.
                     there = self._good.store.promoted() if lost is not None else None
                     self._state.remember(cycle=there.cycle if there else None, undone=lost is not None)
         finally:
