@@ -240,6 +240,8 @@ def main() -> None:
     for plan in plans:
         carry_out(Run(folder, plan))
     dist.destroy_process_group()
+    # gloo's thread may still hold the last tensors, and it aborts the process when it lets go of them while Python goes.
+    os._exit(0)
 
 
 def carry_out(run: Run) -> None:

@@ -44,6 +44,7 @@ def ranks(mode, folder, count, *rest):
     finally:
         for process in processes:
             process.kill()
+            process.communicate()  # closes its pipes, where another one has failed
     return results
 
 
