@@ -13,14 +13,15 @@
       AuditError                            6   the audit log cannot be trusted or written
         AuditWriteError                     6   a record could not be made durable (disk full, I/O error)
         AuditTamperedError                  6   the log does not verify
+      ToolRaisedError                       1   what a guarded function raised in its cell, or why it was ended there
       RunBusyError                          7   another process owns the run directory
       MonitorError                          4   a monitor raised; the controller freezes and keeps the cause
       SnapshotError                         6   a snapshot is missing or is not what the log says it is
       DiskError                             6   a file of the run directory could not be written
       InterruptedLoop                     130   Ctrl-C; the record is finished and the run can go on
 
-A tool call that fails is an Outcome and never an exception. `LoopFrozen` is a state rather than a mistake, which is why
-its name does not end in Error.
+A tool call that fails is an Outcome and never an exception, but where a framework calls the tool as a function and
+counts what it raises. `LoopFrozen` is a state rather than a mistake, which is why its name does not end in Error.
 """
 
 from __future__ import annotations
@@ -94,6 +95,17 @@ class SandboxBusyError(SandboxUnavailableError):
 
 class CallError(SandboxError):
     """A call that cannot be made: more than a cell takes, or with a file name that leads elsewhere. Nothing ran."""
+
+
+class ToolRaisedError(LoopGuardError):
+    """A guarded function raised in its cell, or was ended there. The text is what it would be without a guard.
+
+    `kind` is the name of what was raised, such as `ZeroDivisionError`, or the status of the call where it was ended.
+    """
+
+    def __init__(self, text: str, *, kind: str) -> None:
+        self.kind = kind
+        super().__init__(text)
 
 
 class AuditError(LoopGuardError):

@@ -64,6 +64,23 @@ class ToolCall:
     """A shorter time limit than the guard policy's; a longer one has no effect."""
     memory_mib: int | None = None
     """A smaller address space than the policy's memory limit, for this call's processes each."""
+    language: str = ""
+    """Which language of the cell runs it; empty where that is the tool's own name."""
+    program: str = ""
+    """What runs in the place of `code`, where a tool is a loop's own function: it reads `code`, a newline and `stdin`
+    from its standard input. The gate judges `code`, which is what a model chose."""
+
+    @property
+    def runs(self) -> str:
+        """The text that the language gets."""
+        return self.program or self.code
+
+    @property
+    def reads(self) -> bytes:
+        """What is on standard input."""
+        if not self.program:
+            return self.stdin
+        return self.code.encode("utf-8", errors="surrogatepass") + b"\n" + self.stdin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from loopguard.errors import SandboxBusyError, SandboxError, SandboxUnavailableError, UsageError
-from loopguard.gates.tools import REFUSAL
+from loopguard.gates.tools import REFUSAL, Rollout
 from loopguard.types import Decision, Outcome, ToolCall
 
 if TYPE_CHECKING:
@@ -56,11 +56,13 @@ class Calls:
         closed: Callable[[], bool] = lambda: False,
         roll_back: bool = False,
         episode: EpisodeCalls | None = None,
+        spends: bool = True,
     ) -> list[Outcome]:
         """Run calls together, on all cells at once; outcomes come in the order of the calls.
 
         With `closed`, a caller whose time is over has its calls refused; `roll_back` is what a freeze by the tool gate
-        does with the weights. Raises SandboxUnavailableError, SandboxBusyError, CallError, AuditWriteError.
+        does with the weights. Without `spends` they are the loop's own and take nothing from the budget. Raises
+        SandboxUnavailableError, SandboxBusyError, CallError, AuditWriteError.
         """
         guard = self._guard
         if self._closed:
@@ -68,7 +70,8 @@ class Calls:
         guard._listen()
         if guard._state.frozen or closed():
             return [_refused(call) for call in calls]
-        decisions = [guard._tools.decide(call) for call in calls]
+        rollout = episode.rollout if episode is not None else None
+        decisions = [guard._tools.decide(call, cycle=cycle, rollout=rollout, spends=spends) for call in calls]
         if episode is not None:
             for decision in decisions:
                 episode.admit(decision)
@@ -196,6 +199,11 @@ class Calls:
             "rule": decision.rule,
             "reason": decision.reason,
         }
+        if call.language:
+            body["language"] = call.language
+        if call.program:
+            program = call.program.encode("utf-8", errors="surrogatepass")
+            body["program_sha256"] = hashlib.sha256(program).hexdigest()
         if call.stdin:
             body |= {"stdin_sha256": hashlib.sha256(call.stdin).hexdigest(), "stdin_bytes": len(call.stdin)}
         if call.files:
@@ -247,6 +255,7 @@ class EpisodeCalls:
     ) -> None:
         self.profile = profile
         self.cell = cell
+        self.rollout = Rollout()
         self._calls = calls
         self._cycle = cycle
         self._closed = closed
@@ -257,9 +266,10 @@ class EpisodeCalls:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, call: ToolCall) -> Outcome:
+    def run(self, call: ToolCall, *, spends: bool = True, roll_back: bool = False) -> Outcome:
         """Run one call. Raises as `Calls.run` does, and UsageError for a tool that runs in another kind of cell."""
-        return self._calls.run([call], cycle=self._cycle, closed=self._closed, episode=self)[0]
+        run = self._calls.run
+        return run([call], cycle=self._cycle, closed=self._closed, episode=self, spends=spends, roll_back=roll_back)[0]
 
     async def arun(self, call: ToolCall) -> Outcome:
         """The same, awaited; cancelling it ends the call and the episode."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from loopguard.policy.decide import decide
@@ -18,6 +19,14 @@ REFUSAL = "This call is not permitted."
 Fate = Literal["refused", "contained", "free"]
 
 
+@dataclass(slots=True)
+class Rollout:
+    """What the budget knows of one rollout."""
+
+    calls: int = 0
+    """How many calls of it may run or have run."""
+
+
 class ToolGate:
     """Decides each call by the guard policy and watches how many are refused or run into a wall.
 
@@ -29,14 +38,40 @@ class ToolGate:
         self._policy = policy
         self._rates = policy.tools.freeze_above
         self._fates: deque[Fate] = deque(maxlen=self._rates.of_last_calls if self._rates else 1)
+        self._budget = policy.tools.budget
+        self._calls: Counter[int | None] = Counter()
+        """How many calls of each cycle may run or have run."""
         self._lock = threading.Lock()
 
-    def decide(self, call: ToolCall) -> Decision:
-        """Judge one call; a refusal counts towards the rate at once."""
+    def decide(
+        self, call: ToolCall, *, cycle: int | None = None, rollout: Rollout | None = None, spends: bool = True
+    ) -> Decision:
+        """Judge one call; a refusal by a rule counts towards the rate at once.
+
+        An allowed call that `spends` counts against the budget of its cycle (None: of all that is outside of a cycle)
+        and of its rollout. A refusal for want of budget counts towards no rate: a model that works on is not one that
+        probes.
+        """
         decision = decide(self._policy, call)
         if not decision.allowed:
             self._count("refused")
+        elif spends and (spent := self._spend(cycle, rollout)):
+            return Decision(result="deny", gate="tool", rule="budget", reason=spent)
         return decision
+
+    def _spend(self, cycle: int | None, rollout: Rollout | None) -> str:
+        """Take one call from the budget; why there is none left, or the empty string."""
+        if (budget := self._budget) is None:
+            return ""
+        with self._lock:
+            if budget.per_cycle is not None and self._calls[cycle] >= budget.per_cycle:
+                return f"{budget.per_cycle} calls of this cycle were let run, which is all that the policy allows"
+            if rollout is not None and budget.per_rollout is not None and rollout.calls >= budget.per_rollout:
+                return f"{budget.per_rollout} calls of this rollout were let run, which is all that the policy allows"
+            self._calls[cycle] += 1
+            if rollout is not None:
+                rollout.calls += 1
+        return ""
 
     def finished(self, outcome: Outcome) -> None:
         """Count what became of a call that ran."""
@@ -46,6 +81,7 @@ class ToolGate:
         """Begin to count anew: a person has looked at what was counted, and let the loop go on."""
         with self._lock:
             self._fates.clear()
+            self._calls.clear()  # the cycle starts again
 
     def _count(self, fate: Fate) -> None:
         with self._lock:

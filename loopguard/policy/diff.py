@@ -69,6 +69,8 @@ _ORDER: dict[str, Order | Steps] = {
     "tools.run.*.cell.limits.files_depth": "smaller",
     "tools.freeze_above.refused_share": "smaller",
     "tools.freeze_above.contained_share": "smaller",
+    "tools.budget.per_cycle": "smaller",
+    "tools.budget.per_rollout": "smaller",
     "data.sources": "fewer",
     # Whatever shares 13 words with an evaluation text shares 8 of them too.
     "data.overlap_ngram": "smaller",

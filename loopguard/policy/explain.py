@@ -16,6 +16,7 @@ from loopguard.policy.findings import Finding, PlacedProblemsError, Where, did_y
 from loopguard.policy.forbidden import wish
 from loopguard.policy.schema import (
     MONITOR_KINDS,
+    CallBudget,
     CellLimits,
     Egress,
     EgressPlace,
@@ -42,7 +43,7 @@ Section = type[BaseModel]
 Placed = tuple["Spot", str]
 
 _ABOUT_CELLS: tuple[Section, ...] = (
-    *(GuardPolicy, Tools, ToolRule),
+    *(GuardPolicy, Tools, ToolRule, CallBudget),
     *(Sandbox, Profile, CellLimits, Egress, EgressPlace),
 )
 """Sections where a key that no cell ever has is such a wish, rather than an unknown word."""
@@ -50,7 +51,6 @@ _ABOUT_CELLS: tuple[Section, ...] = (
 NOT_YET: dict[Where, frozenset[str]] = {
     (): frozenset({"anchors", "approvals", "backtest", "budgets", "capabilities", "defaults", "extends", "override"})
     | frozenset({"people", "policy", "probation", "resume", "service", "triage", "waivers"}),
-    ("tools",): frozenset({"budgets", "calls_per_cycle"}),
     ("tools", "rules"): frozenset({"approval", "args", "calls_per_cycle", "match", "mode", "on_freeze", "until"}),
     ("sandbox",): frozenset({"floor"}),
     ("data",): frozenset({"max_self_generated", "near_duplicates", "quarantine", "release", "require"}),

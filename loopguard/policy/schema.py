@@ -192,6 +192,18 @@ class ToolFreeze(Section):
     of_last_calls: Count = 200
 
 
+class CallBudget(Section):
+    """How many calls may run. Those above are refused, and count neither as refused nor as contained ones."""
+
+    per_cycle: Count | None = None
+    per_rollout: Count | None = None
+
+    def problems(self) -> Iterator[Problem]:
+        """Something is bounded."""
+        if self.per_cycle is None and self.per_rollout is None:
+            yield ("per_cycle",), "is missing: a budget bounds the calls per_cycle, per_rollout or both"
+
+
 class Tools(Section):
     """The tool gate: which calls run, and where."""
 
@@ -200,6 +212,7 @@ class Tools(Section):
         max_length=1000, description="which tools may run; what no rule lets run is refused"
     )
     freeze_above: ToolFreeze | None = None
+    budget: CallBudget | None = None
 
     def problems(self) -> Iterator[Problem]:
         """Ids are unique, a tool runs in one sandbox, and something may run at all."""
@@ -571,9 +584,14 @@ class GuardPolicy(Section):
     audit: Audit = Audit()
 
     def problems(self) -> Iterator[Problem]:
-        """Every rule runs its calls in a profile that exists."""
+        """Every rule runs its calls in a profile that exists, and what is bounded by the rollout has rollouts."""
         wanted = [(("tools", "rules", i, "sandbox"), rule.sandbox) for i, rule in enumerate(self.tools.rules)]
         yield from missing_profiles(wanted, list(self.sandbox.profiles))
+        used = [self.sandbox.profiles.get(rule.sandbox or "") for rule in self.tools.rules]
+        rollouts = any(profile is not None and profile.mode == "episode" for profile in used)
+        if self.tools.budget is not None and self.tools.budget.per_rollout is not None and not rollouts:
+            tail = "has no meaning, since no rule names a profile with `mode: episode`; take it out"
+            yield ("tools", "budget", "per_rollout"), tail
 
 
 def missing_profiles(wanted: Iterable[tuple[Where, Any]], profiles: Sequence[str]) -> Iterator[Problem]:

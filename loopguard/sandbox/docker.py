@@ -160,11 +160,11 @@ class DockerCell:
         """Run a call. Raises SandboxUnavailableError where the cell was lost or killed under it."""
         limits = self._spec.limits
         wall_s = limits.wall_s if call.wall_s is None else min(call.wall_s, limits.wall_s)
-        code = _encoded(call.code)
+        code, reads = _encoded(call.runs), call.reads
         less_memory = call.memory_mib is not None and call.memory_mib < limits.memory_mib
         header = {
             "id": call.id,
-            "tool": call.tool,
+            "tool": call.language or call.tool,
             "code_bytes": len(code),
             "files": [[name, len(data)] for name, data in call.files.items()],
             "fetch": list(call.fetch),
@@ -178,7 +178,7 @@ class DockerCell:
         tunnels = self._tunnels(call)
         try:
             # A call that does not read its input holds it up until it is over.
-            self._channel.send(wire.CALL, header, code, *call.files.values(), call.stdin, timeout_s=wall_s + _GRACE_S)
+            self._channel.send(wire.CALL, header, code, *call.files.values(), reads, timeout_s=wall_s + _GRACE_S)
             frame = self._channel.receive(wire.RESULT, timeout_s=wall_s + _GRACE_S, meanwhile=tunnels)
             self._doubt = str(frame.header["doubt"])
             return _outcome(call, frame, self._spec)
@@ -426,11 +426,12 @@ class DockerRuntime:
     def check(self, call: ToolCall) -> None:
         """Raises CallError for a call that no cell takes."""
         limits = self._spec.limits
-        if call.tool not in self._languages:
-            raise CallError(f"no cell can run the tool {call.tool!r}; there are {', '.join(self._languages)}")
+        language = call.language or call.tool
+        if language not in self._languages:
+            raise CallError(f"no cell can run the tool {language!r}; there are {', '.join(self._languages)}")
         for what, size, most in (
-            ("code", len(call.code), _MOST_CODE_MIB),
-            ("standard input", len(call.stdin), _MOST_STDIN_MIB),
+            ("code", len(call.runs), _MOST_CODE_MIB),
+            ("standard input", len(call.reads), _MOST_STDIN_MIB),
             ("files", sum(map(len, call.files.values())), limits.files_mib),
         ):
             if size > most << 20:

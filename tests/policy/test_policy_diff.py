@@ -84,6 +84,11 @@ TABLE = [
     ({}, {FREEZE + "of_last_calls": 10}, "loosened"),
     ({}, {FREEZE + "of_last_calls": 40}, "loosened"),
     ({"tools__freeze_above": None}, {}, "tightened"),
+    ({}, {"tools__budget": {"per_cycle": 10}}, "tightened"),
+    ({"tools__budget": {"per_cycle": 10}}, {"tools__budget": {"per_cycle": 9}}, "tightened"),
+    ({CELL + "mode": "episode"}, {CELL + "mode": "episode", "tools__budget": {"per_rollout": 10}}, "tightened"),
+    ({"tools__budget": {"per_cycle": 10}}, {"tools__budget": {"per_cycle": 10, "per_rollout": 5},
+      CELL + "mode": "episode"}, "loosened"),
     ({}, {"data__sources": ["human"]}, "tightened"),
     ({}, {"data__sources": ["model", "human"]}, "same"),
     ({}, {"data__overlap_ngram": 8}, "tightened"),
@@ -206,6 +211,8 @@ def test_a_change_says_what_changed_and_how():
 
 FULL = {
     "description": "all keys",
+    CELL + "mode": "episode",
+    "tools__budget": {"per_cycle": 100, "per_rollout": 10},
     RULE + "refuse_patterns": ["x"],
     "data__kept_share": KEPT,
     "data__min_mean_gain": 0.0,

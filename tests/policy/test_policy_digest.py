@@ -104,6 +104,9 @@ OTHER = [
     {LIMITS + "files_size": "1MiB"},
     {LIMITS + "files_depth": 1},
     {LIMITS + "files": 8, LIMITS + "files_depth": 64},
+    {"tools__budget": {"per_cycle": 10}},
+    {"tools__budget": {"per_cycle": 11}},
+    {CELL + "mode": "episode", "tools__budget": {"per_rollout": 10}},
 ]
 
 
@@ -123,7 +126,8 @@ class TestLaterKeys:
         policy = small(**changes)
         said = json.loads(canonical(policy))
         for profile in said["sandbox"]["profiles"].values():
-            for section, way in ((profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits"))):
+            places = (profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits")), (said["tools"], ("tools",))
+            for section, way in places:
                 assert not [key for key, value in _LATER[way].items() if key in section and section[key] == value]
                 section |= {key: value for key, value in _LATER[way].items() if key not in section}
         assert said == policy.model_dump(mode="json")
@@ -136,8 +140,9 @@ class TestLaterKeys:
     @pytest.mark.parametrize(("way", "before"), _LATER.items())
     def test_a_policy_without_them_does_today_what_it_did(self, way, before):
         """Where this fails, a default has changed. Leave the table alone: then the digest changes with the meaning."""
-        profile = small().model_dump(mode="json")["sandbox"]["profiles"]["offline"]
-        section = profile["limits"] if way[-1] == "limits" else profile
+        said = small().model_dump(mode="json")
+        profile = said["sandbox"]["profiles"]["offline"]
+        section = {"*": profile, "limits": profile["limits"], "tools": said["tools"]}[way[-1]]
         assert {key: section[key] for key in before} == before
 
 
