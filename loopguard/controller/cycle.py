@@ -167,7 +167,9 @@ class Cycle:
             raise UsageError(f"cycle.keep: {error}") from error
         return batch
 
-    def forward(self, *, loss: Any, readings: Mapping[str, Any] | None = None) -> None:
+    def forward(
+        self, *, loss: Any, readings: Mapping[str, Any] | None = None, absent: Collection[str] = ()
+    ) -> None:
         """Judge this update between forward and backward, all of it but the gradient norm.
 
         Optional: it lets the ranks of a run come to their verdict while the gradients are on their way. `update` then
@@ -192,7 +194,7 @@ class Cycle:
         if not self._begin(learner):
             return
         values = learner.measure({"loss": loss, **(readings or {})})
-        own = self._own(values, absent=("grad_norm",))
+        own = self._own(values, absent=(*absent, "grad_norm"))
         self._early_holding = guard._updates_gate.holding
         self._early = _Early(values, guard._consensus.ask(own, at="update", number=guard._ledger.last + 1))
 
@@ -202,6 +204,7 @@ class Cycle:
         loss: Any,
         clip_norm: float | None = None,
         readings: Mapping[str, Any] | None = None,
+        absent: Collection[str] = (),
     ) -> Decision:
         """Decide about one update, after `loss.backward()`, and take it if it is allowed.
 
@@ -214,7 +217,8 @@ class Cycle:
         With gradient accumulation call it once for each optimizer step and give the mean of the micro-batches' losses.
         Several optimizers are decided together and step together. `readings` adds metrics beside `loss` and
         `grad_norm`, as numbers or as tensors of one element; a metric that the guard policy watches must be there every
-        time. After `forward` they have been given there.
+        time, or be named in `absent` where this update has none, such as a reward between two generations. After
+        `forward` they have been given there.
 
         Where the guard is `late` (attached on a GPU), impossible values are withheld by the device at once, and all
         else that is said here of a freeze is true of the update before this one.
@@ -226,8 +230,10 @@ class Cycle:
                 f"cycle.update(clip_norm={clip_norm!r}): the largest norm is a number above 0, or left out"
             )
         early, self._early = self._early, None
-        if early is not None and readings:
-            raise UsageError("cycle.update(readings=...) after cycle.forward: give them to forward, which judges them")
+        if early is not None and (readings or absent):
+            raise UsageError(
+                "cycle.update(readings=..., absent=...) after cycle.forward: give them to forward, which judges them"
+            )
         # Of several ranks each has begun in `forward`, and no other collective may come in between.
         begun = early is not None and not learner.late and guard._consensus.several
         if not begun and not self._begin(learner):
@@ -235,13 +241,15 @@ class Cycle:
             return _DISCARDED
         if learner.late:
             extra = early.values if early is not None else readings or {}
+            if absent:
+                raise UsageError("cycle.update(absent=...) where updates are decided on the device: attach(late=False)")
             return self._stage(learner, loss, clip_norm=clip_norm, readings=extra)
         taken = learner.readings(loss, readings or {})
         if early is not None and not guard._consensus.several and not _same(early.values["loss"], taken.values["loss"]):
             learner.discard()
             raise UsageError("cycle.update got another loss than cycle.forward: give both the loss of this update")
         values = {**early.values, **taken.values, "loss": early.values["loss"]} if early is not None else taken.values
-        absent = ("grad_norm",) if taken.overflowed else ()
+        absent = (*absent, "grad_norm") if taken.overflowed else absent
         # A tool call on another thread may freeze the run: then before this update or after it, and not within.
         with guard._turn:
             if guard._state.frozen and not guard._consensus.several:
@@ -327,7 +335,7 @@ class Cycle:
         norm = values.get("grad_norm", 0.0)
         guard._consensus.same_norm(norm)
         judged = {name for name in guard._updates_gate.limits(armed=True) if name != "grad_norm"}
-        second = self._judge({"grad_norm": norm} if not absent else {}, number, absent={*judged, *absent})
+        second = self._judge({} if "grad_norm" in absent else {"grad_norm": norm}, number, absent={*judged, *absent})
         return replace(second, signals=(*decision.signals, *second.signals))
 
     def _stage(self, learner: Learner, loss: Any, *, clip_norm: float | None, readings: Mapping[str, Any]) -> Decision:
@@ -436,6 +444,12 @@ class Cycle:
         self._shorten()
 
     def _shorten(self) -> None:
+        guard = self._guard
+        if guard._good.tape.full and guard._held().ticks:
+            guard._good.shorten(guard._whole_state(), guard._facts(cycle=self.number))
+
+    def ticked(self) -> None:
+        """The schedules of the last update have ticked: for a framework that ticks them by itself, after `update`."""
         guard = self._guard
         if guard._good.tape.full:
             guard._good.shorten(guard._whole_state(), guard._facts(cycle=self.number))

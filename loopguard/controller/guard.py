@@ -23,7 +23,7 @@ from loopguard.controller.calls import Calls, EpisodeCalls, NoCell
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
 from loopguard.controller.lastgood import LastGood
-from loopguard.controller.learner import Learner, LoopState, integration_for
+from loopguard.controller.learner import Learner, LoopState, integration_for, trainer_integration_for
 from loopguard.controller.ledger import Ledger
 from loopguard.controller.ranks import QUIET, At, Consensus, Place, SharedStore, await_layout, compare, place
 from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, MonitorError, UsageError
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from loopguard.audit.events import Entry
+    from loopguard.controller.observe import Observer
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
 
 _POLL_S = 0.5
@@ -183,6 +184,15 @@ class LoopGuard:
             raise
         return guard
 
+    @staticmethod
+    def observe(
+        run_dir: str | os.PathLike[str], *, seed: int = 0, command: Sequence[str] = (), **options: Any
+    ) -> Observer:
+        """Watch a run and withhold nothing: no guard policy, no Docker, no keys. See `Observer`."""
+        from loopguard.controller.observe import Observer
+
+        return Observer.open(run_dir, seed=seed, command=command, **options)
+
     def __enter__(self) -> Self:
         return self
 
@@ -254,9 +264,11 @@ class LoopGuard:
 
     def attach(
         self,
+        trainer: Any = None,
+        /,
         *,
-        model: Any,
-        optimizer: Any,
+        model: Any = None,
+        optimizer: Any = None,
         scheduler: Any = None,
         actor: Any = None,
         loop: LoopState | None = None,
@@ -264,8 +276,16 @@ class LoopGuard:
         averages: Any = None,
         late: bool | None = None,
         config: Mapping[str, Any] | None = None,
+        cycle_updates: int = 1,
     ) -> None:
-        """Put a model in training under this guard.
+        """Put a model in training under this guard, or the trainer of a framework that runs the loop itself.
+
+            guard.attach(trainer)
+            trainer.train()
+
+        A trainer of transformers or TRL is attached before `train()`, and everything else is taken from it; the pages
+        of docs/ on them say what an update and a cycle are there. `cycle_updates` is for those that generate: so many
+        updates, at least, before the weights are asked to be promoted. What follows is about loops of your own.
 
         `optimizer`, `scheduler` and `averages` may be one or a list. `actor` is the module that generates data; leave
         it out, or say "same", where that is the model itself. `loop` is the loop's own state, which travels with every
@@ -281,19 +301,18 @@ class LoopGuard:
         where one is frozen all are. Raises UsageError for what cannot be guarded, SnapshotError where the promoted
         snapshot is missing or damaged.
         """
-        self._check_owner()
-        if self._learner is not None:
-            raise UsageError("this guard already holds a model: make one guard for each run")
-        config = {} if config is None else config
-        if not isinstance(config, Mapping):
-            raise UsageError(f"attach(config=...) got a {type(config).__name__}; give a dict of JSON values")
-        try:
-            json.dumps(dict(config), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"attach(config=...) takes JSON values: {error}") from error
-        if loop is not None and not (hasattr(loop, "state_dict") and hasattr(loop, "load_state_dict")):
-            raise UsageError(f"attach(loop=...) got a {type(loop).__name__}; it needs state_dict and load_state_dict")
-        self._learner = integration_for(model).learner(
+        if trainer is not None:
+            if model is not None or optimizer is not None:
+                raise UsageError("attach(trainer) takes the model and its optimizer from the trainer: leave them out")
+            self._check_attachable(loop=loop, config=config)
+            if cycle_updates < 1:
+                raise UsageError(f"attach(cycle_updates={cycle_updates!r}): a cycle has at least 1 update")
+            trainer_integration_for(trainer).attach(self, trainer, config=config, cycle_updates=cycle_updates)
+            return
+        if model is None or optimizer is None:
+            raise UsageError("attach needs a trainer, or model=... and optimizer=...")
+        self._check_attachable(loop=loop, config=config)
+        held = integration_for(model).learner(
             model=model,
             optimizer=optimizer,
             scheduler=scheduler,
@@ -302,9 +321,7 @@ class LoopGuard:
             averages=averages,
             late=late,
         )
-        self._loop = loop
-        self._config = copy.deepcopy(dict(config))
-        self._meet()
+        self._hold(held, loop=loop, config=config)
         self._log.append("model.attached", self._attached())
         promoted = self._good.promoted
         if promoted is None:
@@ -318,6 +335,27 @@ class LoopGuard:
             self._good.adopt(self._whole_state(), self._facts(cycle=promoted.cycle))
             because = "the run goes on from the last promoted state"
             self._log.append("snapshot.restored", {"snapshot": promoted.snapshot, "because": because})
+
+    def _check_attachable(self, *, loop: LoopState | None, config: Mapping[str, Any] | None) -> None:
+        """Raise UsageError before anything is held."""
+        self._check_owner()
+        if self._learner is not None:
+            raise UsageError("this guard already holds a model: make one guard for each run")
+        if config is not None and not isinstance(config, Mapping):
+            raise UsageError(f"attach(config=...) got a {type(config).__name__}; give a dict of JSON values")
+        try:
+            json.dumps(dict(config or {}), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"attach(config=...) takes JSON values: {error}") from error
+        if loop is not None and not (hasattr(loop, "state_dict") and hasattr(loop, "load_state_dict")):
+            raise UsageError(f"attach(loop=...) got a {type(loop).__name__}; it needs state_dict and load_state_dict")
+
+    def _hold(self, learner: Learner, *, loop: LoopState | None, config: Mapping[str, Any] | None) -> None:
+        """Take a learner in, and meet the other ranks."""
+        self._learner = learner
+        self._loop = loop
+        self._config = copy.deepcopy(dict(config or {}))
+        self._meet()
 
     def expect(self, kind: ExpectedKind, *, at: int | None = None, span: int = 1) -> None:
         """Announce a change, so that it is not taken for a fault: an epoch boundary, a learning rate, a mix of data.
@@ -345,6 +383,24 @@ class LoopGuard:
     def protect(self, texts: Iterable[str]) -> int:
         """Name evaluation texts that no training record may overlap with; gives how many are protected by now."""
         return self._data.protect(texts)
+
+    def tool(self, what: Any) -> Any:
+        """A tool for a framework that calls plain Python functions: it runs in a cell. See `functions.guarded`."""
+        from loopguard.controller.functions import guarded
+
+        return guarded(self, what)
+
+    def wrap_environment(self, cls: Any) -> Any:
+        """An environment class whose methods run in a cell of their own rollout. See `environments.guarded`."""
+        from loopguard.controller.environments import guarded
+
+        return guarded(self, cls)
+
+    def wrap_reward(self, reward: Any) -> Any:
+        """A reward function whose answers the guard reads before they count. See `rewards.guarded`."""
+        from loopguard.controller.rewards import guarded
+
+        return guarded(self, reward)
 
     def cycles(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
         """The cycles of this run, up to number `count`, after the last promoted one.
@@ -632,6 +688,12 @@ class LoopGuard:
             "capsule_lacks": capsule.left_out,
         }
 
+    def _release(self) -> None:
+        """Let the learner go: its optimizers step again as they like, and another one may be attached."""
+        if self._learner is not None:
+            self._learner.let_go()
+            self._learner = None
+
     def _attached(self) -> dict[str, Any]:
         learner = self._held()
         text = json.dumps(self._config, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -698,14 +760,14 @@ class LoopGuard:
         else:
             self._ledger.enter(staged.update, staged.values)
 
-    def _end(self, cycle: Cycle) -> None:
-        """The loop's body is through. Weights that act must have been promoted."""
+    def _end(self, cycle: Cycle, *, keep: bool = False) -> None:
+        """The loop's body is through. Weights that act must have been promoted, unless nothing acts any more."""
         if cycle.promoted:
             return
         if self._learner is not None and not (cycle._collect(self._learner) and cycle._honoured(self._learner)):
             return
         self._ledger.flush()
-        if self._learner is not None and self._learner.same_actor and self._good.held:
+        if self._learner is not None and self._learner.same_actor and self._good.held and not keep:
             self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
         self._ledger.end_lease()
         self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 INTEGRATIONS = {"torch": "loopguard.integrations.torch"}
 """Which module holds the models of which framework, by the name of the package that their classes come from."""
 
+TRAINERS = {"transformers": "loopguard.integrations.transformers", "trl": "loopguard.integrations.trl"}
+"""Which module attaches to the trainers of which framework, which run the loop themselves."""
+
 
 @dataclass(frozen=True, slots=True)
 class Readings:
@@ -51,6 +54,11 @@ class Learner(Protocol):
     @property
     def late(self) -> bool:
         """Whether updates are staged on a device and read one update later."""
+        ...
+
+    @property
+    def ticks(self) -> bool:
+        """Whether `apply` also ticks the schedules. Else a framework does, and says so with `Cycle.ticked`."""
         ...
 
     def readings(self, loss: Any, extra: Mapping[str, Any]) -> Readings:
@@ -91,6 +99,10 @@ class Learner(Protocol):
 
     def release(self) -> None:
         """Let the device step again."""
+        ...
+
+    def let_go(self) -> None:
+        """Stand aside: the optimizers step again without being asked about."""
         ...
 
     def measure(self, values: Mapping[str, Any]) -> dict[str, float]:
@@ -148,11 +160,18 @@ class LoopState(Protocol):
 
 def integration_for(model: Any) -> Any:
     """The module whose `learner` can hold this model. Raises UsageError where there is none."""
-    packages = [cls.__module__.partition(".")[0] for cls in type(model).__mro__]
-    for package in packages:
-        if package in INTEGRATIONS:
-            return importlib.import_module(INTEGRATIONS[package])
-    known = ", ".join(sorted(INTEGRATIONS))
-    raise UsageError(
-        f"attach(model=...) got a {type(model).__name__}; models of these packages can be guarded: {known}"
-    )
+    return _module_for(model, INTEGRATIONS, "attach(model=...)", "models")
+
+
+def trainer_integration_for(trainer: Any) -> Any:
+    """The module whose `attach` and `observe` know this trainer. Raises UsageError where there is none."""
+    return _module_for(trainer, TRAINERS, "attach(trainer)", "trainers")
+
+
+def _module_for(thing: Any, table: Mapping[str, str], call: str, what: str) -> Any:
+    for cls in type(thing).__mro__:
+        package = cls.__module__.partition(".")[0]
+        if package in table:
+            return importlib.import_module(table[package])
+    known = ", ".join(sorted(table))
+    raise UsageError(f"{call} got a {type(thing).__name__}; {what} of these packages can be guarded: {known}")

@@ -69,6 +69,9 @@ class TorchLearner:
         self._trouble = ""
         self._late_path = self._choose_path(late=late)
 
+    ticks = True
+    """`apply` ticks the schedules as well."""
+
     @property
     def same_actor(self) -> bool:
         """Whether the weights in training are the ones that generate."""
@@ -89,13 +92,17 @@ class TorchLearner:
         check_numbers({"loss": loss, **(extra or {})})
         try:
             self._overflowed = self._steps.unscale()
-            self._norm = self._steps.norm()
+            self._norm = self.total_norm()
             values = {"loss": loss} | ({} if self._overflowed else {"grad_norm": self._norm}) | dict(extra or {})
             numbers = read(values.values())
         except BaseException:
             self._end()  # else a scaler would take the next gradients for unscaled ones
             raise
         return Readings(dict(zip(values, numbers, strict=True)), overflowed=self._overflowed)
+
+    def total_norm(self) -> torch.Tensor:
+        """The norm of all gradients, before clipping, on its device. Raises UsageError where there is none."""
+        return self._steps.norm()
 
     def apply(self, *, clip_norm: float | None) -> None:
         """Take the step that was decided: clip where asked, step, tick the schedules and averages, zero the gradients.
@@ -110,8 +117,9 @@ class TorchLearner:
         if clip_norm is not None and self._norm is not None:
             self._steps.clip(self._norm, to=clip_norm)
         self._steps.take()
-        for scheduler in self.schedulers:
-            scheduler.step()
+        if self.ticks:
+            for scheduler in self.schedulers:
+                scheduler.step()
         for average in self.averages:
             average.update_parameters(self.model)
         self._evidence = self._steps.evidence()
@@ -158,6 +166,10 @@ class TorchLearner:
             found.append(self._late_path.trouble)
         self._trouble = self._trouble or next(filter(None, found), "")
         return self._trouble
+
+    def let_go(self) -> None:
+        """Take the vetoes away: the optimizers step again without being asked about."""
+        self._steps.let_go()
 
     def measure(self, values: Mapping[str, Any]) -> dict[str, float]:
         """These metrics as floats, before there is a gradient. The device is waited for once."""

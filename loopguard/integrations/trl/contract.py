@@ -1,0 +1,60 @@
+"""The internals of TRL that the integration relies on, beside those of transformers, each with a probe."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from loopguard.errors import UsageError
+from loopguard.integrations.transformers.contract import Finding
+
+GENERATION = "_generate_and_score_completions"
+SYNC = "self.vllm_generation.sync_weights()"
+
+
+def probe() -> list[Finding]:
+    """Look at the installed TRL. Raises ImportError where it is not installed."""
+    from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    syncs = inspect.signature(VLLMGeneration.sync_weights).parameters
+    source = inspect.getsource(GRPOTrainer)
+    return [
+        *(
+            Finding(
+                f"{trainer.__name__}._metrics['train']",
+                "self._metrics[mode]" in inspect.getsource(trainer),
+                "the metrics beside the loss are read there",
+            )
+            for trainer in (SFTTrainer, DPOTrainer, GRPOTrainer)
+        ),
+        Finding(f"GRPOTrainer.{GENERATION}", hasattr(GRPOTrainer, GENERATION), "the gate stands before a generation"),
+        Finding("GRPOTrainer calls vllm_generation.sync_weights()", SYNC in source, "the gate stands before a sync"),
+        Finding("VLLMGeneration.sync_weights takes no arguments", list(syncs) == ["self"], "it is the promotion"),
+        Finding("GRPOTrainer._last_loaded_step", "self._last_loaded_step" in source, "a sync is asked for again by it"),
+    ]
+
+
+def require(trainer: Any) -> None:
+    """Raise UsageError where this trainer lacks something that is relied on."""
+    missing = [] if hasattr(trainer, "_metrics") else ["_metrics"]
+    if generates(trainer):
+        missing += [name for name in ("num_iterations", "state") if not hasattr(trainer, name)]
+        missing += [] if hasattr(trainer.args, "steps_per_generation") else ["args.steps_per_generation"]
+        if uses_engine(trainer) and not hasattr(getattr(trainer, "vllm_generation", None), "sync_weights"):
+            missing.append("vllm_generation.sync_weights")
+    if missing:
+        raise UsageError(
+            f"{type(trainer).__name__} cannot be attached to: it has no {', '.join(missing)}. Run `loopguard doctor`, "
+            "and take a release of TRL that LoopGuard was tested with"
+        )
+
+
+def generates(trainer: Any) -> bool:
+    """Whether this trainer generates what it trains on."""
+    return hasattr(trainer, GENERATION)
+
+
+def uses_engine(trainer: Any) -> bool:
+    """Whether another process or library generates, which is given the weights."""
+    return bool(getattr(trainer, "use_vllm", False))

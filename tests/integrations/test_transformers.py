@@ -1,0 +1,327 @@
+"""transformers' Trainer under a guard: what is withheld never was, and a guard that is quiet changes no bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="attach needs torch")
+transformers = pytest.importorskip("transformers", reason="these are trainers of transformers")
+pytest.importorskip("accelerate", reason="a Trainer needs accelerate")
+
+from trainer_kit import WARNINGS, Diary, batches, make_trainer, nan, same, state_of
+from trainer_lab import BOUNDS, EVAL_LOSS, SKIP, TrainerLab
+
+from loopguard.errors import LoopFrozen, UsageError
+
+pytestmark = [pytest.mark.train, *(pytest.mark.filterwarnings(one) for one in WARNINGS)]
+
+FINITE = "{kind: bounds, metric: loss}, {kind: bounds, metric: grad_norm, min: 0}"
+STRICT = "{metric: eval_loss, good: down, min: 0, max_gain: 50, max_loss: 0.001}"
+OPTIMS = ["adamw_torch_fused", "adamw_torch", "sgd", "adafactor"]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    return TrainerLab(tmp_path)
+
+
+class TestTheVeto:
+    @pytest.mark.parametrize("optim", OPTIMS)
+    @pytest.mark.parametrize("bad", [nan, 50.0])
+    @pytest.mark.parametrize("at", [0, 3])
+    def test_a_withheld_batch_never_was(self, lab, optim, bad, at):
+        """Weights, optimizer state and schedule are to the bit those of a run that never had the batch."""
+        lab.write(freeze=SKIP)
+        spoiled = lab.train(make_trainer(lab.tmp_path, batches(6, {at: bad}), optim=optim))
+        never = make_trainer(lab.tmp_path, batches(6, without={at}), optim=optim)
+        never.train()
+        assert same(state_of(spoiled), state_of(never))
+        (skipped,) = lab.events("update.skipped")
+        assert skipped.body["update"] == at + 1
+
+    @pytest.mark.parametrize("bad", [nan, 50.0])
+    def test_with_accumulation_the_whole_update_is_withheld(self, lab, bad):
+        lab.write(freeze=SKIP)
+        rows = batches(6, {2: bad})
+        spoiled = lab.train(make_trainer(lab.tmp_path, rows, gradient_accumulation_steps=2))
+        never = make_trainer(lab.tmp_path, batches(6, without={2, 3}), gradient_accumulation_steps=2)
+        never.train()
+        assert same(state_of(spoiled), state_of(never))
+
+    def test_a_freeze_ends_train_before_the_weights_move(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(6, {3: nan}))
+        with pytest.raises(LoopFrozen, match="loss"):
+            lab.train(trainer)
+        before = make_trainer(lab.tmp_path, batches(3))
+        before.train()
+        assert same(state_of(trainer), state_of(before))
+        assert lab.events("update.withheld")[0].body["readings"]["loss"] == "NaN"
+        assert trainer.state.global_step == 3
+
+    def test_the_loss_is_read_where_it_arises_and_not_where_it_is_logged(self, lab):
+        """The trainer's own log shows a number for the update whose loss is not one."""
+        lab.write(freeze=SKIP)
+        trainer = lab.train(make_trainer(lab.tmp_path, batches(4, {2: nan}), logging_steps=1))
+        shown = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert all(value == value for value in shown)
+        assert lab.events("update.skipped")[0].body["readings"]["loss"] == "NaN"
+
+    def test_readings_are_the_loss_of_the_update_and_the_norm_before_clipping(self, lab):
+        norms = []
+
+        class Reader(transformers.TrainerCallback):
+            def on_log(self, args, state, control, logs=None, **kwargs):
+                norms.extend([logs["grad_norm"]] if "grad_norm" in logs else [])
+
+        trainer = make_trainer(
+            lab.tmp_path,
+            batches(4),
+            gradient_accumulation_steps=2,
+            max_grad_norm=0.01,
+            logging_steps=1,
+            callbacks=[Reader()],
+        )
+        lab.train(trainer)
+        (applied,) = lab.events("update.applied")
+        shown = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert applied.body["readings"]["loss"] == pytest.approx(shown, abs=1e-4)
+        assert applied.body["readings"]["grad_norm"] == pytest.approx(norms, rel=1e-5)
+        assert min(norms) > 0.01
+
+    def test_a_stray_step_around_the_gate_moves_nothing(self, lab):
+        class Stray(transformers.TrainerCallback):
+            def on_substep_end(self, args, state, control, optimizer=None, **kwargs):
+                optimizer.optimizer.step()
+
+        trainer = make_trainer(lab.tmp_path, batches(4), gradient_accumulation_steps=2, callbacks=[Stray()])
+        with pytest.raises(UsageError, match="attached to a LoopGuard"):
+            lab.train(trainer)
+
+
+class TestAQuietGuard:
+    @pytest.mark.parametrize("optim", OPTIMS)
+    def test_leaves_the_run_as_it_is_to_the_bit(self, lab, optim):
+        guarded = lab.train(make_trainer(lab.tmp_path, batches(6), optim=optim))
+        bare = make_trainer(lab.tmp_path, batches(6), optim=optim)
+        bare.train()
+        assert same(state_of(guarded), state_of(bare))
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            {"gradient_accumulation_steps": 2},
+            {"bf16": True},
+            {"max_grad_norm": 0.0},
+            {
+                "lr_scheduler_type": "reduce_lr_on_plateau",
+                "lr_scheduler_kwargs": None,
+                "eval_strategy": "steps",
+                "eval_steps": 2,
+                "metric_for_best_model": "loss",
+            },
+            {"num_train_epochs": 2, "eval_strategy": "epoch"},
+        ],
+        ids=lambda arguments: next(iter(arguments)),
+    )
+    def test_also_so(self, lab, arguments):
+        lab.write(panel=EVAL_LOSS)
+        rows = {"eval_rows": batches(1)} if "eval_strategy" in arguments else {}
+        guarded = lab.train(make_trainer(lab.tmp_path, batches(6), **rows, **arguments))
+        bare = make_trainer(lab.tmp_path, batches(6), **rows, **arguments)
+        bare.train()
+        assert same(state_of(guarded), state_of(bare))
+        assert [{**row, "train_runtime": 0} for row in _told(guarded)] == [
+            {**row, "train_runtime": 0} for row in _told(bare)
+        ]
+
+    def test_takes_the_guard_off_when_training_is_over(self, lab):
+        """The optimizer steps as before, and a second `train()` is guarded again."""
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            trainer.train()
+            trainer.optimizer.optimizer.step()
+            trainer.train_dataset = batches(2, {0: nan})
+            with pytest.raises(UsageError, match="does not know"):
+                trainer.train()  # somebody has moved the weights since
+
+
+def _told(trainer):
+    speeds = ("runtime", "per_second")
+    return [{k: v for k, v in row.items() if not k.endswith(speeds)} for row in trainer.state.log_history]
+
+
+class TestPromotion:
+    def test_each_evaluation_is_a_promotion(self, lab):
+        lab.write(panel=EVAL_LOSS)
+        trainer = make_trainer(lab.tmp_path, batches(6), eval_rows=batches(1), eval_strategy="steps", eval_steps=2)
+        lab.train(trainer)
+        decided = lab.events("promotion.decided")
+        shown = [row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row]
+        assert [entry.body["result"] for entry in decided] == ["allow"] * 3
+        assert [entry.body["panel"]["eval_loss"] for entry in decided] == shown
+        assert set(decided[0].body["panel"]) == {"eval_loss"}
+        assert [entry.body["update"] for entry in lab.events("snapshot.written")] == [2, 4, 6]
+
+    def test_a_loss_of_capability_freezes_and_goes_back(self, lab):
+        """The updates since the last promotion are undone; the weights are those that were promoted."""
+        lab.write(monitors=FINITE, panel=STRICT)
+        ruin = {4: -60.0}  # ascends
+        diary = Diary()
+        trainer = make_trainer(
+            lab.tmp_path,
+            batches(8, ruin),
+            eval_rows=batches(1),
+            eval_strategy="steps",
+            eval_steps=3,
+            learning_rate=0.3,
+            callbacks=[diary],
+        )
+        with pytest.raises(LoopFrozen, match="eval_loss"):
+            lab.train(trainer)
+        assert same(state_of(trainer), diary.after[2])
+
+    def test_the_last_updates_are_measured_before_they_are_promoted(self, lab):
+        """Five updates and an evaluation after every two: the fifth is evaluated at the end."""
+        lab.write(panel=EVAL_LOSS)
+        lab.train(make_trainer(lab.tmp_path, batches(5), eval_rows=batches(1), eval_strategy="steps", eval_steps=2))
+        assert [entry.body["update"] for entry in lab.events("snapshot.written")] == [2, 4, 5]
+
+    def test_without_an_evaluation_nothing_is_promoted_and_the_log_says_so(self, lab):
+        lab.write(panel=EVAL_LOSS)
+        trainer = lab.train(make_trainer(lab.tmp_path, batches(3)))
+        bare = make_trainer(lab.tmp_path, batches(3))
+        bare.train()
+        assert same(state_of(trainer), state_of(bare))
+        assert lab.events("cycle.finished")[-1].body["result"] == "not promoted"
+        assert not lab.events("promotion.decided")
+
+
+class TestCheckpoints:
+    ARGUMENTS = {"save_strategy": "steps", "save_steps": 2}
+
+    def test_a_resume_while_frozen_comes_up_frozen(self, lab):
+        """And no weight moves."""
+        with pytest.raises(LoopFrozen):
+            lab.train(make_trainer(lab.tmp_path, batches(6, {3: nan}), **self.ARGUMENTS))
+        before = len(lab.events("update.applied", "update.leased"))
+        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        with pytest.raises(LoopFrozen):
+            lab.train(again, resume_from_checkpoint=True)
+        reference = make_trainer(lab.tmp_path, batches(2), **self.ARGUMENTS)
+        reference.train()
+        assert same(state_of(again)[0], state_of(reference)[0])  # the trainer loads it before it asks anybody
+        assert len(lab.events("update.applied", "update.leased")) == before
+
+    def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(self, lab):
+        whole = lab.train(make_trainer(lab.tmp_path, batches(8), **self.ARGUMENTS))
+        shutil.rmtree(lab.run_dir)
+        shutil.rmtree(lab.tmp_path / "trainer")
+
+        class Killed(transformers.TrainerCallback):
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 5:
+                    raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            lab.train(make_trainer(lab.tmp_path, batches(8), callbacks=[Killed()], **self.ARGUMENTS))
+        again = lab.train(make_trainer(lab.tmp_path, batches(8), **self.ARGUMENTS), resume_from_checkpoint=True)
+        assert same(state_of(again), state_of(whole))
+        (loaded,) = lab.events("checkpoint.loaded")
+        assert loaded.body["update"] == 4
+        assert lab.events("update.applied")[-1].body["to"] == 8
+
+    def test_the_monitors_go_on_where_the_checkpoint_left_them(self, lab):
+        lab.write(monitors=BOUNDS % "1000" + ", {kind: jump, metric: loss}")
+        lab.train(make_trainer(lab.tmp_path, batches(4), **self.ARGUMENTS))
+        kept = json.loads((lab.tmp_path / "trainer" / "checkpoint-4" / "loopguard.json").read_text())
+        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        with lab.open() as guard:
+            guard.attach(again)
+
+            class Look(transformers.TrainerCallback):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    states.append(guard._updates_gate.state_dict())
+
+            states = []
+            again.add_callback(Look())
+            again.train(resume_from_checkpoint=True)
+        assert json.loads(json.dumps(states[0])) == kept["update_gate"]
+
+    def test_weights_of_a_checkpoint_that_nobody_saved_freeze(self, lab):
+        lab.train(make_trainer(lab.tmp_path, batches(4), **self.ARGUMENTS))
+        other = make_trainer(lab.tmp_path, batches(4, {1: 2.0}), **self.ARGUMENTS)
+        other.train()  # without a guard, over the same checkpoints
+        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        with pytest.raises(LoopFrozen, match="never saved"):
+            lab.train(again, resume_from_checkpoint=True)
+
+    def test_a_checkpoint_that_a_freeze_undid_is_put_back_and_the_data_go_on(self, lab):
+        """The run froze at update 6 and went back to 3; the checkpoint of 4 holds what was undone."""
+        lab.write(monitors=FINITE, panel=STRICT)
+        arguments = {
+            "eval_rows": batches(1),
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "learning_rate": 0.3,
+            **self.ARGUMENTS,
+        }
+        diary = Diary()
+        with pytest.raises(LoopFrozen):
+            lab.train(make_trainer(lab.tmp_path, batches(8, {4: -60.0}), callbacks=[diary], **arguments))
+        (lab.tmp_path / "trainer" / "checkpoint-6").rename(lab.tmp_path / "other")
+        from loopguard.cli.app import _main
+
+        assert _main(["resume", str(lab.run_dir), "--by", "dana", "--reason", "ruined batch removed"]) == 0
+        second = Diary()
+        again = make_trainer(lab.tmp_path, batches(8), callbacks=[second], **arguments)
+        lab.train(again, resume_from_checkpoint=True)
+        assert same(second.before[0][0], diary.after[2][0])
+        assert again.state.global_step == 8
+        assert "undid" in lab.events("snapshot.restored")[-1].body["because"]
+
+    def test_other_weights_in_the_same_run_directory_are_refused(self, lab):
+        lab.train(make_trainer(lab.tmp_path, batches(4)))
+        other = make_trainer(lab.tmp_path, batches(4))
+        with torch.no_grad():
+            next(other.model.parameters()).add_(1)
+        with pytest.raises(UsageError, match="name a new run directory"):
+            lab.train(other)
+
+
+class TestWhatCannotBeGuarded:
+    @pytest.mark.parametrize(
+        ("arguments", "why"),
+        [({"auto_find_batch_size": True}, "auto_find_batch_size"), ({"optim": "lomo"}, "backward")],
+    )
+    def test_is_refused_when_it_is_attached(self, lab, arguments, why):
+        trainer = make_trainer(lab.tmp_path, batches(2), **arguments)
+        with lab.open() as guard, pytest.raises(UsageError, match=why):
+            guard.attach(trainer)
+
+    def test_deepspeed_is_refused_and_told_what_can_be_done(self, lab, monkeypatch):
+        from accelerate.utils import DistributedType
+
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        monkeypatch.setattr(type(trainer.accelerator), "distributed_type", DistributedType.DEEPSPEED)
+        with lab.open() as guard, pytest.raises(UsageError, match="DeepSpeed's engine steps by itself.*observe"):
+            guard.attach(trainer)
+
+    def test_one_trainer_has_one_guard(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            with pytest.raises(UsageError, match="attached to a guard already"):
+                guard.attach(trainer)
+
+    def test_a_model_beside_the_trainer_is_too_much(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard, pytest.raises(UsageError, match="leave them out"):
+            guard.attach(trainer, model=trainer.model)
+
+    def test_a_thing_that_is_no_trainer_is_named(self, lab):
+        with lab.open() as guard, pytest.raises(UsageError, match="got a dict; trainers of these packages"):
+            guard.attach({})
