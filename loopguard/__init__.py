@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loopguard.controller import Cycle as Cycle
     from loopguard.controller import LoopGuard as LoopGuard
+    from loopguard.controller import Observer as Observer
     from loopguard.errors import LoopFrozen as LoopFrozen
     from loopguard.errors import LoopGuardError as LoopGuardError
     from loopguard.types import Check as Check
@@ -30,6 +31,7 @@ _HOMES = {
     "LoopFrozen": "loopguard.errors",
     "LoopGuard": "loopguard.controller",
     "LoopGuardError": "loopguard.errors",
+    "Observer": "loopguard.controller",
     "Outcome": "loopguard.types",
     "Provenance": "loopguard.types",
     "Record": "loopguard.types",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.cli import audit, doctor, freeze, monitor, policy, replay, run, sandbox, serve
+from loopguard.cli import audit, doctor, freeze, init, monitor, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.command("demo")(run.demo)
 app.add_typer(run.app, name="run")
+app.command("init")(init.init)
 app.command("serve")(serve.serve)
 app.command("doctor")(doctor.doctor)
 app.command("status")(freeze.status)

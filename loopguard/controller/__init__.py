@@ -15,12 +15,16 @@ deciding.
     station    tools without a loop
     cells      the runtimes of a guard policy
     learner    what is asked of a framework's model, and who holds which
+    observe    a run that is watched and never stopped
+    watch      what a gate would have said of it
+    diary      its log, which never stops it
     directory  what stands in a run directory, and what an interrupted run left open
 """
 
 from loopguard.controller.cycle import Admitted, Cycle
 from loopguard.controller.guard import LoopGuard
 from loopguard.controller.learner import INTEGRATIONS, Learner, LoopState
+from loopguard.controller.observe import ObservedCycle, Observer
 from loopguard.controller.station import ToolStation
 from loopguard.controller.tools import Episode, Tool
 
@@ -32,6 +36,8 @@ __all__ = [
     "Learner",
     "LoopGuard",
     "LoopState",
+    "ObservedCycle",
+    "Observer",
     "Tool",
     "ToolStation",
 ]

@@ -83,7 +83,13 @@ def check(
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UsageError(f"{run_dir} holds something else than a run: name a new directory with --run-dir")
         return None
-    old = str(run_facts(run_dir)["policy"])
+    facts = run_facts(run_dir)
+    if facts.get("mode") == "observe":
+        raise UsageError(
+            f"{run_dir} is the directory of an observed run, and no guard vouches for what is in it: name a new "
+            f"directory. `loopguard init --from-run {run_dir}` writes a policy for it"
+        )
+    old = str(facts["policy"])
     if old == loaded.digest:
         return None
     if adopt_policy is None or adopt_policy != loaded.digest:
@@ -103,15 +109,21 @@ def check(
     return {"from": old, "to": loaded.digest, "change": change, "by": by, "reason": reason}
 
 
-def lay_out(run_dir: Path, loaded: LoadedPolicy, *, run_id: str, seed: int, command: Sequence[str]) -> None:
-    """Write what is not there yet of `run.json` and the policy; nothing that is there changes."""
+def lay_out(
+    run_dir: Path, loaded: LoadedPolicy, *, run_id: str, seed: int, command: Sequence[str], mode: str | None = None
+) -> None:
+    """Write what is not there yet of `run.json` and the policy; nothing that is there changes.
+
+    `mode` is "observe" for a run that is watched and not guarded.
+    """
     with writing(run_dir):
         (run_dir / "policy").mkdir(parents=True, exist_ok=True)
     kept = run_dir / "policy" / f"{loaded.digest}.yaml"
     if not kept.exists():
         replace_durably(kept, loaded.text.encode())
     if not (run_dir / "run.json").exists():
-        body = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": list(command), "versions": versions()}
+        body: dict[str, Any] = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": list(command)}
+        body |= {"versions": versions()} | ({"mode": mode} if mode else {})
         replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
 
 
