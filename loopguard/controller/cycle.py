@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from loopguard.controller.quarantine import hold_back
 from loopguard.controller.ranks import QUIET
 from loopguard.controller.tools import Episode, Tool
 from loopguard.errors import MonitorError, UsageError
 from loopguard.gates.promotion import held
 from loopguard.gates.updates import OVERFLOW
-from loopguard.snapshots import writing
 from loopguard.state import signal_facts
 from loopguard.types import Decision, Outcome, Record, Signal
 
@@ -117,7 +115,7 @@ class Cycle:
             # The loop froze while the checks ran; what they came back with says nothing about the records.
             return Admitted(records=(), quarantined=(), decision=_DISCARDED)
         batch = guard._data.verdict(records, proposed=proposed, rechecked=rechecked)
-        self._record_quarantine(batch.quarantined)
+        hold_back(guard, batch.quarantined, cycle=self.number)
         facts = {**batch.decision.facts, "admitted": len(batch.admitted), "quarantined": len(batch.quarantined)}
         if not batch.decision.allowed:
             guard._state.latch(batch.decision.reason)  # before anything that can fail
@@ -167,9 +165,7 @@ class Cycle:
             raise UsageError(f"cycle.keep: {error}") from error
         return batch
 
-    def forward(
-        self, *, loss: Any, readings: Mapping[str, Any] | None = None, absent: Collection[str] = ()
-    ) -> None:
+    def forward(self, *, loss: Any, readings: Mapping[str, Any] | None = None, absent: Collection[str] = ()) -> None:
         """Judge this update between forward and backward, all of it but the gradient norm.
 
         Optional: it lets the ranks of a run come to their verdict while the gradients are on their way. `update` then
@@ -493,14 +489,21 @@ class Cycle:
         guard._ledger.enter(number, dict(readings), decision.signals)
         return decision
 
-    def promote(self, panel: Mapping[str, float], *, apply: Callable[[], object] | None = None) -> Decision:
+    def promote(
+        self,
+        panel: Mapping[str, float],
+        *,
+        apply: Callable[[], object] | None = None,
+        unjudged: Mapping[str, float] | None = None,
+    ) -> Decision:
         """Let the weights in training become the actor, if the panel of capability metrics allows it.
 
         `apply` installs them in the actor and is called on allow alone; leave it out where the model is its own actor.
         The decision is durable before `apply` runs; the candidate is kept in memory by then and goes to disk beside the
         next cycle. A deny means that something in the last updates is not settled: the last promoted actor stays, and
-        the loop may go on. Raises LoopFrozen where the gate freezes: the actor stays as it is and the model goes back
-        to the promoted state. Raises DiskError where the promotion before could not be brought to disk.
+        the loop may go on. A metric that the guard policy does not know freezes as well; what is for the record alone
+        is given as `unjudged`. Raises LoopFrozen where the gate freezes: the actor stays as it is and the model goes
+        back to the promoted state. Raises DiskError where the promotion before could not be brought to disk.
         """
         guard = self._guard
         learner = guard._held()
@@ -515,7 +518,8 @@ class Cycle:
         own = QUIET
         with guard._telling():
             guard._ledger.flush()
-            guard._log.append("eval.finished", {"panel": values}, cycle=self.number)
+            measured = {"panel": values} | ({"unjudged": _numbers(unjudged)} if unjudged else {})
+            guard._log.append("eval.finished", measured, cycle=self.number)
             own = self._judge_panel(values, previous)
         decision = guard._agree(own, at="promote")
         body: dict[str, Any] = {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
@@ -630,29 +634,12 @@ class Cycle:
             by_tool[record.check.tool].append(record)
         rechecked: list[tuple[Record, Outcome]] = []
         for name, records in by_tool.items():
-            outcomes = self.tool(name).map([record.check.code for record in records if record.check is not None])
+            # What the gate asks for takes nothing from the budget of the loop.
+            outcomes = Tool(self._guard, self, name, spends=False).map(
+                [record.check.code for record in records if record.check is not None]
+            )
             rechecked += zip(records, outcomes, strict=True)
         return rechecked
-
-    def _record_quarantine(self, quarantined: Sequence[tuple[Record, str]]) -> None:
-        if not quarantined:
-            return
-        guard = self._guard
-        folder = guard.run_dir / "quarantine"
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        here = guard._consensus.place
-        path = folder / f"cycle-{self.number:04d}{'' if here.leads else f'.{here.stream}'}.jsonl"
-        with writing(path):
-            folder.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as file:
-                for record, reason in quarantined:
-                    by_reason[reason].append(record.id)
-                    file.write(json.dumps(_quarantine_row(record, reason), sort_keys=True) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        for reason, ids in by_reason.items():
-            body = {"reason": reason, "count": len(ids), "records": ids[:100]}
-            guard._log.append("data.quarantined", body, cycle=self.number, sync=False)
 
 
 def _same(one: float, other: float) -> bool:
@@ -679,14 +666,3 @@ def _digest_ids(records: Iterable[Record]) -> str:
     for record in records:
         digest.update(f"{record.id}\x00{record.prompt}\x00{record.completion}\x01".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
-
-
-def _quarantine_row(record: Record, reason: str) -> dict[str, Any]:
-    origin = record.provenance.origin if record.provenance else None
-    return {
-        "id": record.id,
-        "reason": reason,
-        "origin": origin,
-        "prompt": record.prompt,
-        "completion": record.completion,
-    }

@@ -27,8 +27,11 @@ class Tool:
     died (SandboxUnavailableError) or is full (SandboxBusyError), and a call that no cell takes (CallError).
     """
 
-    def __init__(self, guard: LoopGuard, cycle: Cycle, name: str, *, episode: EpisodeCalls | None = None) -> None:
+    def __init__(
+        self, guard: LoopGuard, cycle: Cycle, name: str, *, episode: EpisodeCalls | None = None, spends: bool = True
+    ) -> None:
         self.name = name
+        self._spends = spends
         self._guard = guard
         self._cycle = cycle
         self._episode = episode
@@ -92,6 +95,7 @@ class Tool:
             closed=lambda: cycle.discarded,
             roll_back=cycle.updates > 0,
             episode=self._episode,
+            spends=self._spends,
         )
 
 

@@ -138,7 +138,8 @@ class DataGate:
                 quarantined.append((record, reason))
         return admitted, quarantined, ledger
 
-    def _fault(self, record: Record, ledger: _Ledger) -> Reason | None:
+    def fault(self, record: Record) -> Reason | None:
+        """What speaks against one record by itself; whether it is a duplicate or too many are questions of a batch."""
         if record.provenance is None:
             return "no_provenance"
         if record.provenance.source not in self._data.sources:
@@ -147,6 +148,12 @@ class DataGate:
             return "forbidden_in_prompt"
         if self._protected.overlaps(record.prompt + record.completion):
             return "overlap"
+        return None
+
+    def _fault(self, record: Record, ledger: _Ledger) -> Reason | None:
+        if (fault := self.fault(record)) is not None:
+            return fault
+        assert record.provenance is not None
         if _digest(record.prompt, record.completion) in ledger.seen:
             return "duplicate"
         if record.provenance.source == "model":
