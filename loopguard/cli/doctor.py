@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from loopguard.integrations.frameworks import Standing, standings
 from loopguard.sandbox.attest import old_runc
 
 _IMAGE = "loopguard/python:1"
@@ -29,27 +30,39 @@ class Finding:
     what: str
     found: str
     do: str = ""
+    section: Literal["machine", "frameworks"] = "machine"
 
 
 def doctor(
     run_dir: Annotated[Path, typer.Option("--run-dir", help="Where runs will be kept.")] = Path("runs"),
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look at Python, Docker, the sandbox image, the disk and the clock: what is fine, what is not, what to do.
+    """Look at Python, Docker, the sandbox image, the disk, the clock, and what can be guarded in which framework.
+
+    Each line says what is fine, what is not, and what to do. A framework that cannot be guarded is a note.
 
     loopguard doctor
 
     Exit codes: 0 nothing stands in the way, 1 something does.
     """
     findings = [_python(), _platform(), *_engine(), _disk(run_dir), _clock(), _training()]
+    findings += map(_framework, standings())
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings]))
     else:
-        for finding in findings:
-            print(f"{finding.state:8} {finding.what:10} {finding.found}")
-            if finding.do:
-                print(f"{'':8} {'':10} -> {finding.do}")
+        _print(findings)
     raise typer.Exit(1 if any(finding.state == "trouble" for finding in findings) else 0)
+
+
+def _print(findings: list[Finding]) -> None:
+    section = "machine"
+    for finding in findings:
+        if finding.section != section:
+            section = finding.section
+            print(f"\n{section}")
+        print(f"{finding.state:8} {finding.what:12} {finding.found}")
+        if finding.do:
+            print(f"{'':8} {'':12} -> {finding.do}")
 
 
 def _python() -> Finding:
@@ -131,3 +144,15 @@ def _training() -> Finding:
         do = "only for the reference loops and attach(): pip install 'loopguard[train]'"
         return Finding(state="note", what="training", found=f"{', '.join(absent)} not installed", do=do)
     return Finding(state="fine", what="training", found="torch, transformers and safetensors are installed")
+
+
+def _framework(standing: Standing) -> Finding:
+    told = {"guardable": standing.says, "not installed": standing.says}
+    says = told.get(standing.state, f"{standing.state}: {standing.says}")
+    return Finding(
+        state="fine" if standing.state == "guardable" else "note",
+        what=standing.name,
+        found=f"{standing.version}, {says}" if standing.version else says,
+        do=standing.do,
+        section="frameworks",
+    )

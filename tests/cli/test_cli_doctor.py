@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import typer.main
 
+from loopguard.cli import doctor
 from loopguard.cli.app import _main, app
+from loopguard.integrations.frameworks import Standing
 
 
 def loopguard(*words):
@@ -29,6 +33,39 @@ def test_doctor_names_engine_cgroup_runtimes_and_image(capsys, tmp_path):
     findings = {finding["what"]: finding["state"] for finding in json.loads(capsys.readouterr().out)}
     assert findings["engine"] == findings["cgroup"] == findings["image"] == "fine"
     assert "runtimes" in findings
+
+
+BROKEN = Standing(name="trl", version="9.9", state="not guardable", says="_metrics is missing (readings)", do="another")
+BARE = Standing(name="transformers", version="", state="not installed", says="not installed", do="pip install it")
+
+
+def test_doctor_tells_of_frameworks_in_a_section_of_their_own(monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    monkeypatch.setattr(doctor, "standings", lambda: [BROKEN, BARE])
+    loopguard("doctor", "--run-dir", tmp_path)
+    before, _, after = capsys.readouterr().out.partition("\nframeworks\n")
+    assert "python" in before
+    assert after.splitlines() == [
+        "note     trl          9.9, not guardable: _metrics is missing (readings)",
+        "                      -> another",
+        "note     transformers not installed",
+        "                      -> pip install it",
+    ]
+
+
+@pytest.mark.docker
+def test_a_framework_that_cannot_be_guarded_is_a_note_and_doctor_is_0(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(doctor, "standings", lambda: [BROKEN])
+    assert loopguard("doctor", "--run-dir", tmp_path, "--json") == 0
+    (told,) = [one for one in json.loads(capsys.readouterr().out) if one["section"] == "frameworks"]
+    assert (told["state"], told["what"], told["do"]) == ("note", "trl", "another")
+
+
+def test_doctor_prints_json_and_nothing_else_where_frameworks_are_loaded(tmp_path):
+    command = [sys.executable, "-m", "loopguard.cli", "doctor", "--run-dir", str(tmp_path), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    named = [one["what"] for one in json.loads(done.stdout) if one["section"] == "frameworks"]
+    assert named[:4] == ["torch", "transformers", "accelerate", "trl"]
 
 
 @pytest.mark.docker
