@@ -7,6 +7,7 @@ guard = LoopGuard.from_file("policies/default.yaml", run_dir=tmp_path / "run", r
 
 from __future__ import annotations
 
+import json
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -107,6 +108,22 @@ def printed(call: ToolCall, text: str) -> Outcome:
     """The outcome of a call that printed `text` and exited with 0."""
     out = text.encode()
     return Outcome(call_id=call.id, status="ok", exit_code=0, stdout=out, stdout_bytes=len(out), wall_ms=1.0)
+
+
+def returned(call: ToolCall, value: Any) -> Outcome:
+    """The outcome of a call of a guarded function, or of a method of a guarded environment, that gave `value` back."""
+    return _answered(call, {"result": value, "state": "0" * 64}, exit_code=0)
+
+
+def raised(call: ToolCall, error: Exception) -> Outcome:
+    """The outcome of one that raised `error`."""
+    return _answered(call, {"error": str(error), "kind": type(error).__name__, "state": "0" * 64}, exit_code=1)
+
+
+def _answered(call: ToolCall, told: dict[str, Any], *, exit_code: int) -> Outcome:
+    files = {name: json.dumps(told).encode() for name in call.fetch}
+    status: OutcomeStatus = "ok" if exit_code == 0 else "nonzero_exit"
+    return Outcome(call_id=call.id, status=status, exit_code=exit_code, files=files, wall_ms=1.0)
 
 
 class FrozenClock:
