@@ -1,11 +1,12 @@
 """Gradient accumulation under guard: eight batches make one update, and the guard decides about the update.
 
-    python examples/torch_accumulation.py [RUN_DIR] [--plant-fault]
+    python examples/torch_accumulation.py [RUN_DIR] [--plant-fault] [--observe]
 
 A batch by itself moves no weight, so nothing is decided about it; it is kept, for whoever replays a freeze. With
 `--plant-fault` one batch of the eight that make update 30 has a value that is not a number. The mean of the eight
-losses shows it, the update is withheld, and the gradients of the seven good batches go with it. Needs Docker, as every
-guard policy does.
+losses shows it, the update is withheld, and the gradients of the seven good batches go with it.
+
+Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ CYCLES, UPDATES, MICRO_BATCHES = 3, 20, 8
 options = argparse.ArgumentParser()
 options.add_argument("run_dir", nargs="?", default="runs/torch-accumulation")
 options.add_argument("--plant-fault", action="store_true")
+options.add_argument("--observe", action="store_true")
 options = options.parse_args()
 
 torch.manual_seed(0)
@@ -60,8 +62,15 @@ def evaluate(network):
         return {"heldout_loss": loss_of(network, inputs(-1)).item()}
 
 
+def opened():
+    """The guard; or an observer in its place, which withholds nothing and needs neither a guard policy nor Docker."""
+    if options.observe:
+        return LoopGuard.observe(options.run_dir)
+    return LoopGuard.from_file(POLICY, run_dir=options.run_dir)
+
+
 try:
-    with LoopGuard.from_file(POLICY, run_dir=options.run_dir) as guard:
+    with opened() as guard:
         guard.attach(model=model, optimizer=optimizer, scheduler=scheduler)
         for cycle in guard.cycles(CYCLES, warmup=True):
             for window in windows(cycle):
@@ -77,4 +86,4 @@ except LoopFrozen as frozen:
     print(f"the schedule stands at {scheduler.last_epoch} updates; loopguard audit why {options.run_dir} says more")
     sys.exit(frozen.exit_code)
 
-print(f"promoted {guard.promoted_cycle} cycles after the warm-up; see {options.run_dir}")
+print(f"went through {CYCLES} cycles after the warm-up; see {options.run_dir}")

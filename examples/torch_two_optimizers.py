@@ -1,10 +1,11 @@
 """Two optimizers under one guard: Muon trains the matrices, AdamW everything else, and both step or neither does.
 
-    python examples/torch_two_optimizers.py [RUN_DIR] [--plant-fault]
+    python examples/torch_two_optimizers.py [RUN_DIR] [--plant-fault] [--observe]
 
 With `--plant-fault` the gradient of one bias, which AdamW has, is not a number in update 30, while the loss looks as
 good as ever. The norm over the gradients of both optimizers shows it, and the matrices stay as they were as well.
-Needs Docker, as every guard policy does.
+
+Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ CYCLES, UPDATES = 3, 20
 options = argparse.ArgumentParser()
 options.add_argument("run_dir", nargs="?", default="runs/torch-two-optimizers")
 options.add_argument("--plant-fault", action="store_true")
+options.add_argument("--observe", action="store_true")
 options = options.parse_args()
 
 torch.manual_seed(0)
@@ -54,9 +56,16 @@ def evaluate(network):
         return {"heldout_loss": loss_of(network, inputs(-1)).item()}
 
 
+def opened():
+    """The guard; or an observer in its place, which withholds nothing and needs neither a guard policy nor Docker."""
+    if options.observe:
+        return LoopGuard.observe(options.run_dir)
+    return LoopGuard.from_file(POLICY, run_dir=options.run_dir)
+
+
 before = []
 try:
-    with LoopGuard.from_file(POLICY, run_dir=options.run_dir) as guard:
+    with opened() as guard:
         guard.attach(model=model, optimizer=[muon, adamw], scheduler=schedulers)
         for cycle in guard.cycles(CYCLES, warmup=True):
             numbers = range(cycle.number * UPDATES, (cycle.number + 1) * UPDATES)
@@ -75,4 +84,4 @@ except LoopFrozen as frozen:
         print(f"weights as before the update: {sum(same)} of {len(same)} tensors")
     sys.exit(frozen.exit_code)
 
-print(f"promoted {guard.promoted_cycle} cycles after the warm-up; see {options.run_dir}")
+print(f"went through {CYCLES} cycles after the warm-up; see {options.run_dir}")

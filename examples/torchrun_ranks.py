@@ -1,11 +1,12 @@
 """Several ranks under guard: the same loop with DDP and with FSDP2.
 
-    torchrun --nproc-per-node 2 examples/torchrun_ranks.py [RUN_DIR] [--spread fsdp2] [--plant-fault]
+    torchrun --nproc-per-node 2 examples/torchrun_ranks.py [RUN_DIR] [--spread fsdp2] [--plant-fault] [--observe]
 
 Every rank has its own batches, and the guard its own verdict on each rank; what all of them do is the gravest of these.
-With `--plant-fault` the batch of rank 1 in update 30 is not finite. Rank 1 sees it, and both ranks freeze in that
-very update, with the weights of before. A rank that freezes ends with 0: torchrun would start it again otherwise. Needs
-Docker, as every guard policy does.
+With `--plant-fault` the batch of rank 1 in update 30 is not finite. Rank 1 sees it, and both ranks freeze in that very
+update, with the weights of before. A rank that freezes ends with 0: torchrun would start it again otherwise.
+
+Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ options = argparse.ArgumentParser()
 options.add_argument("run_dir", nargs="?", default="runs/torchrun-ranks")
 options.add_argument("--spread", choices=["ddp", "fsdp2"], default="ddp")
 options.add_argument("--plant-fault", action="store_true")
+options.add_argument("--observe", action="store_true")
 options = options.parse_args()
 
 torch.set_num_threads(1)
@@ -73,13 +75,22 @@ def evaluate(network):
 
 def digest(network):
     """Of the weights that this rank holds: all under DDP, its shards under FSDP2."""
+    if options.spread == "fsdp2":
+        network.reshard()  # an evaluation leaves them gathered
     held = [getattr(weight, "_local_tensor", weight).detach().numpy().tobytes() for weight in network.parameters()]
     return hashlib.sha256(b"".join(held)).hexdigest()[:12]
 
 
+def opened():
+    """The guard; or an observer in its place, which withholds nothing and needs neither a guard policy nor Docker."""
+    if options.observe:
+        return LoopGuard.observe(options.run_dir)
+    return LoopGuard.from_file(POLICY, run_dir=options.run_dir)
+
+
 before = ""
 try:
-    with LoopGuard.from_file(POLICY, run_dir=options.run_dir) as guard:  # on every rank
+    with opened() as guard:  # on every rank
         guard.attach(model=net, optimizer=optimizer)  # the module itself, rather than its DDP wrapper
         for cycle in guard.cycles(CYCLES, warmup=True):
             for batch in cycle.batches(batches(cycle)):
@@ -92,6 +103,6 @@ try:
 except LoopFrozen as frozen:
     print(f"rank {rank}: {frozen}; weights {'as before' if digest(net) == before else 'moved'}", flush=True)
 else:
-    print(f"rank {rank}: promoted {guard.promoted_cycle} cycles after the warm-up, weights {digest(net)}", flush=True)
+    print(f"rank {rank}: went through {CYCLES} cycles after the warm-up, weights {digest(net)}", flush=True)
 
 dist.destroy_process_group()  # after the guard is closed: it may still be writing a snapshot

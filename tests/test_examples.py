@@ -36,24 +36,27 @@ def run(command, *words):
     return subprocess.run([*command, *words], capture_output=True, text=True, env=there, timeout=180, check=False)
 
 
-def withheld(run_dir, stream="controller"):
-    return [entry.body["update"] for entry in read.entries(run_dir, stream, types=["update.withheld"])]
-
-
 def test_the_policy_of_the_torch_examples_loads():
     assert load(EXAMPLES / "torch.yaml").policy.name == "torch-examples"
 
 
-@pytest.mark.docker
+def entries(run_dir, kind, stream="controller"):
+    return [entry.body for entry in read.entries(run_dir, stream, types=[kind])]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ONE_PROCESS)
 class TestInOneProcess:
+    @pytest.mark.docker
     def test_it_promotes_every_cycle(self, example, tmp_path):
+        """The warm-up and three more."""
         done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run")
         assert done.returncode == 0, done.stderr
-        assert "promoted 3 cycles after the warm-up" in done.stdout
-        assert withheld(tmp_path / "run") == []
+        assert "went through 3 cycles" in done.stdout
+        assert len(entries(tmp_path / "run", "promotion.applied")) == 4
+        assert entries(tmp_path / "run", "freeze.entered") == []
 
+    @pytest.mark.docker
     def test_its_planted_fault_is_withheld_in_the_update_that_it_says(self, example, tmp_path):
         """Update 30 of the example is the 31st that the guard numbers. What was to be as before is said and is so."""
         done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run", "--plant-fault")
@@ -64,7 +67,16 @@ class TestInOneProcess:
         }[example]
         assert f"frozen (f1): {metric} is nan" in done.stdout
         assert kept in done.stdout
-        assert withheld(tmp_path / "run") == [31]
+        assert [body["update"] for body in entries(tmp_path / "run", "update.withheld")] == [31]
+
+    @pytest.mark.parametrize("fault", [[], ["--plant-fault"]], ids=["sound", "planted"])
+    def test_observed_it_runs_to_its_end_without_docker(self, example, fault, tmp_path, monkeypatch):
+        monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+        done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run", "--observe", *fault)
+        assert done.returncode == 0, done.stderr
+        foreseen = [body["update"] for body in entries(tmp_path / "run", "freeze.foreseen")]
+        assert foreseen[:1] == ([31] if fault else [])
+        assert ("Would have frozen at update 31" in done.stderr) == bool(fault)
 
 
 @pytest.mark.docker
@@ -72,12 +84,19 @@ class TestInOneProcess:
 @on_ranks
 @pytest.mark.parametrize("spread", SPREADS)
 class TestOnTwoRanks:
-    def test_both_promote_every_cycle(self, spread, tmp_path):
-        done = run(TORCHRUN, EXAMPLES / "torchrun_ranks.py", tmp_path / "run", "--spread", spread)
-        assert done.returncode == 0, done.stderr
-        ends = dict(re.findall(r"rank (\d): promoted 3 cycles after the warm-up, weights (\w+)", done.stdout))
-        assert sorted(ends) == ["0", "1"]
-        assert (ends["0"] == ends["1"]) == (spread == "ddp"), "the same weights, or shards of them"
+    def test_both_go_through_every_cycle_with_the_weights_of_an_unguarded_run(self, spread, tmp_path):
+        ends = {}
+        for mode in ([], ["--observe"]):
+            words = [EXAMPLES / "torchrun_ranks.py", tmp_path / f"run{len(mode)}", "--spread", spread, *mode]
+            done = run(TORCHRUN, *words)
+            assert done.returncode == 0, done.stderr
+            told = re.findall(r"rank (\d): went through 3 cycles after the warm-up, weights (\w+)", done.stdout)
+            ends[len(mode)] = dict(told)
+        guarded, observed = ends.values()
+        assert sorted(guarded) == ["0", "1"]
+        assert guarded == observed
+        assert (guarded["0"] == guarded["1"]) == (spread == "ddp"), "the same weights, or shards of them"
+        assert len(entries(tmp_path / "run0", "promotion.applied")) == 4
 
     def test_a_fault_on_one_rank_freezes_both_in_that_update(self, spread, tmp_path):
         done = run(TORCHRUN, EXAMPLES / "torchrun_ranks.py", tmp_path / "run", "--spread", spread, "--plant-fault")
@@ -85,7 +104,8 @@ class TestOnTwoRanks:
         told = dict(re.findall(r"rank (\d): frozen \(f1\): (.*)", done.stdout))
         assert told["0"] == "rank 1 tripped bounds:loss: loss is nan, not a finite number; weights as before"
         assert told["1"] == "loss is nan, not a finite number; weights as before"
-        assert [withheld(tmp_path / "run", stream) for stream in ("controller", "rank-1")] == [[31], [31]]
+        for stream in ("controller", "rank-1"):
+            assert [body["update"] for body in entries(tmp_path / "run", "update.withheld", stream)] == [31]
 
 
 def test_the_code_of_the_torch_page_is_that_of_the_examples():
