@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 MOST_POINTS = 2000
 _MOST_CURVES = 8
 _MOST_EXAMPLES = 12
+_MOST_FORESEEN = 50
 _CODE_CHARS = 120
 
 _CHART = (960.0, 200.0)
@@ -120,6 +121,10 @@ class _Told:
         self.panels: list[tuple[int, dict[str, float], bool]] = []
         self.starts: list[tuple[float, int]] = []
         self.freezes: list[tuple[float, query.Freeze]] = []
+        self.observed = False
+        """Whether the run was only watched."""
+        self.foreseen: list[Mapping[str, Any]] = []
+        """Where it would have frozen then: what the log says of each."""
         self.examples: dict[str, _Example] = {}
         self.people: list[Entry] = []
         self._update = 0
@@ -141,6 +146,12 @@ class _Told:
         self.story.feed(entry)
         body = entry.body
         match entry.type:
+            case "run.started":
+                self.observed = body.get("mode") == "observe"
+            case "freeze.foreseen":
+                self.foreseen.append(body)
+            case "eval.finished" if self.observed:
+                self.panels.append((entry.cycle or 0, query.panel_of(body), True))
             case "cycle.started":
                 self.starts.append((self._update + 0.5, entry.cycle or 0))
             case "update.applied":
@@ -313,8 +324,11 @@ def _curve_chart(name: str, curve: _Curve, told: _Told) -> Chart:
         kept=tuple(_paths(frame, _joined(curve.kept), share)),
         undone=tuple(_paths(frame, curve.undone, share)),
         marks=tuple(_withheld_mark(frame, x, y) for x, y in curve.withheld),
-        ranges=tuple(_range_marks(frame, name, told.freezes)),
-        freezes=tuple(Mark(frame.x(x), frame.top, freeze.id) for x, freeze in told.freezes if x >= frame.low_x),
+        ranges=tuple(_range_marks(frame, name, told)),
+        freezes=(
+            *(Mark(frame.x(x), frame.top, freeze.id) for x, freeze in told.freezes if x >= frame.low_x),
+            *_foreseen_marks(frame, name, told.foreseen),
+        ),
         cycles=tuple(_cycle_marks(frame, told.starts)),
         x_ticks=tuple(Mark(frame.x(x), frame.bottom, f"{x:,.0f}") for x in ticks(frame.low_x, frame.high_x, most=8)),
         y_ticks=tuple(Mark(frame.left, frame.y(y), f"{y:.4g}") for y in ticks(low, high, most=6)),
@@ -357,10 +371,18 @@ def _withheld_mark(frame: _Frame, x: float, y: float) -> Mark:
     return Mark(frame.x(x), frame.top + 6, text, "off")
 
 
-def _range_marks(frame: _Frame, metric: str, freezes: Sequence[tuple[float, query.Freeze]]) -> Iterator[Mark]:
+def _foreseen_marks(frame: _Frame, metric: str, foreseen: Sequence[Mapping[str, Any]]) -> Iterator[Mark]:
+    """The first freeze that would have been, on every curve, and of the others those of this metric."""
+    for count, body in enumerate(foreseen[:_MOST_FORESEEN]):
+        if count == 0 or str(body.get("rule")).partition(":")[2] == metric:
+            yield Mark(frame.x(number(body.get("update")) or 0), frame.top, "would freeze" if count == 0 else "")
+
+
+def _range_marks(frame: _Frame, metric: str, told: _Told) -> Iterator[Mark]:
     """The range that was expected where a freeze tripped on this metric; an open one would only cover the freeze."""
-    for x, freeze in freezes:
-        for signal in query.signals_of(freeze.body):
+    foreseen = ((number(body.get("update")) or 0, body) for body in told.foreseen[:_MOST_FORESEEN])
+    for x, body in (*((x, freeze.body) for x, freeze in told.freezes), *foreseen):
+        for signal in query.signals_of(body):
             if signal.get("metric") != metric:
                 continue
             low, high = number(signal.get("low")), number(signal.get("high"))
@@ -442,7 +464,18 @@ class _View:
             ("contained", f"{contained:,}", ""),
             ("quarantined", f"{sum(sum(cycle.quarantined.values()) for cycle in cycles):,}", ""),
             ("freezes", f"{len(self.story.freezes):,}", "bad" if waiting else ""),
+            *([("foreseen freezes", f"{len(self.told.foreseen):,}", "")] if self.told.observed else []),
         ]
+
+    @property
+    def foreseen(self) -> list[tuple[str, str, str, str]]:
+        """(update, rule, reason, value and expected range) of each freeze that would have been, oldest first."""
+        rows = []
+        for body in self.told.foreseen[:_MOST_FORESEEN]:
+            signal = next(iter(query.signals_of(body)), None)
+            value = f"{query.amount(signal.get('value'))}, expected {query.expected(signal)}" if signal else ""
+            rows.append((query.amount(body.get("update")), str(body.get("rule")), str(body.get("reason")), value))
+        return rows
 
     @property
     def curves(self) -> list[Chart]:

@@ -26,7 +26,7 @@ def status(
 
     Exit codes: 0 not frozen, 2 not a run directory, 4 frozen, 6 the audit log cannot be read.
     """
-    from loopguard.state import standing
+    from loopguard.state import run_facts, standing
 
     stands = standing(run_dir)
     if as_json:
@@ -36,6 +36,8 @@ def status(
         print(f"run       {stands.run}")
         print(f"state     {'FROZEN' if stands.frozen else 'running' if stands.owner_pid else 'stopped'}")
         print(f"owner     {owner}")
+        if run_facts(run_dir).get("mode") == "observe":
+            print("mode      observed: nothing is withheld")
         print(f"promoted  {'nothing yet' if stands.cycle is None else f'cycle {stands.cycle}'}")
         if stands.frozen:
             print(f"freeze    {stands.freeze}{'' if stands.acknowledged else ' (latched, not yet acknowledged)'}")
@@ -58,9 +60,11 @@ def freeze(
 
     Exit codes: 0 frozen and acknowledged, 1 latched but not yet acknowledged, 2 not a run directory, 6 audit log.
     """
+    from loopguard.errors import UsageError
     from loopguard.state import run_facts, set_latch, standing, submit
 
-    run_facts(run_dir)
+    if run_facts(run_dir).get("mode") == "observe":
+        raise UsageError(f"{run_dir} is only observed: nothing in it can be frozen. End its process to stop it")
     need_words(by, reason)
     if (stands := standing(run_dir)).frozen and stands.acknowledged:
         print(f"{run_dir} is frozen already ({stands.freeze}): {stands.reason}")

@@ -81,9 +81,7 @@ def _verified(run_dir: Path) -> None:
 
 def _notes(watch: Watch) -> list[str]:
     """Where this policy would have frozen the run, for the head of the file."""
-    from loopguard.audit.events import printable
-
     if not watch.findings:
         return ["This run it would not have frozen."]
     first = watch.findings[0]
-    return [f"This run it would have frozen at update {first.update:,}: {printable(first.reason)} ({first.rule})."]
+    return [f"This run it would have frozen at update {first.update:,}: {first.reason} ({first.rule})."]

@@ -104,12 +104,13 @@ class Diary:
         self._append("update.applied", body)
 
     def close(self, end: str | None, body: Mapping[str, Any]) -> None:
-        """End the log, with a last record where there is one to write; also a full disk has room for that."""
+        """End the log, with a last record where there is one to write.
+
+        The space that a log keeps free for a last record is left alone where the disk failed: taking it would set aside
+        the readings that were not synced yet, and they are worth more here than the word that the run has ended.
+        """
         self.flush()
-        if self.trouble:
-            with contextlib.suppress(AuditError, OSError):
-                self._log.append_last(end or "run.interrupted", {**body, "incomplete": self.trouble})
-        elif end is not None:
+        if end is not None:
             self._append(end, body, sync=True)
         with contextlib.suppress(AuditError, OSError):
             self._log.close()

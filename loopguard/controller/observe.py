@@ -132,12 +132,17 @@ class Observer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close(finished=kind is None, interrupted=kind is not None and issubclass(kind, KeyboardInterrupt))
+        self.close(broke=error)
 
-    def close(self, *, finished: bool = True, interrupted: bool = False) -> None:
-        """Finish the record and print the summary. May be called twice."""
+    def close(self, *, broke: BaseException | None = None) -> None:
+        """Finish the record and print the summary. May be called twice.
+
+        `broke` is what ended the run early; left out, it is the exception that is under way, such as in a `finally`.
+        """
         if self._closed or os.getpid() != self._pid:
             return
+        broke = broke or sys.exc_info()[1]
+        finished, interrupted = broke is None, isinstance(broke, KeyboardInterrupt)
         # A device that broke with the run cannot tell of its last update, and must not hide why.
         with nullcontext() if finished else suppress(RuntimeError):
             self._collect()
@@ -154,8 +159,7 @@ class Observer:
 
     def _at_exit(self) -> None:
         # What nothing caught is known here: the interpreter has printed it.
-        broke = getattr(sys, "last_value", None)
-        self.close(finished=broke is None, interrupted=isinstance(broke, KeyboardInterrupt))
+        self.close(broke=getattr(sys, "last_value", None))
 
     # What a loop calls
 

@@ -106,14 +106,14 @@ def _left_out(metric: Metric) -> dict[str, Any]:
 def _promotion(seen: Suggestion) -> str:
     lines = [_PROMOTION, "promotion:", "  panel:"]
     measured = list(seen.panel.values()) or _rewards(seen)
-    live = [metric for metric in measured if direction(metric.name) != "none" and metric.low <= metric.high]
+    live = [metric for metric in measured if not _unjudged(metric, seen)]
     if not live:
         # A panel has a metric at least, and nobody can be asked for one that nobody has seen.
         lines += _comment("No evaluation was seen. Put the metrics here that yours reports.", "    ")
         lines.append("    - {metric: eval_loss, good: down, max_gain: 1, max_loss: 1}")
     for metric in measured:
         rule = _flow(_panel_rule(metric, seen)) if metric.low <= metric.high else _word(metric.name)
-        lines += _comment(_moves(metric, alive=metric in live), "    ")
+        lines += _comment(_moves(metric, _unjudged(metric, seen)), "    ")
         lines.append(f"    {'' if metric in live else '# '}- {rule}")
     return "\n".join(
         [*lines, "  keep_snapshots: 2             # promoted states to go back to, beside the one that acts"]
@@ -125,14 +125,27 @@ def _rewards(seen: Suggestion) -> list[Metric]:
     return [metric for name, metric in seen.metrics.items() if seen.by_reward and name == "reward"]
 
 
-def _moves(metric: Metric, *, alive: bool) -> str:
+def _unjudged(metric: Metric, seen: Suggestion) -> str:
+    """Why a metric stands outside of the panel, or the empty string.
+
+    A loop of one's own hands in the whole panel each time, and the gate stops at a metric that it does not know. So
+    there everything is in it that can be; a framework's evaluation reports more than anybody wants to be judged.
+    """
+    if why := idle(metric.name):
+        return f"{why}: keep it out of what is handed to cycle.promote"
+    if not metric.low <= metric.high or metric.strange is not None:
+        return "it was not always a finite number"
+    if not seen.tolerant:
+        return "" if metric.count >= seen.evaluations else "not every evaluation had it"
+    return "its name does not say which way is better" if direction(metric.name) == "none" else ""
+
+
+def _moves(metric: Metric, why_not: str) -> str:
     if not metric.low <= metric.high:
         return f"{_word(metric.name)}: never a finite number."
     text = f"{_word(metric.name)}: {metric.low:.4g} to {metric.high:.4g} in {metric.count:,} measurements"
     text += f"; from one to the next it rose by {metric.rise:.3g} and fell by {metric.fall:.3g} at most."
-    if alive:
-        return text
-    return f"{text} Left out: {idle(metric.name) or 'its name does not say which way is better'}."
+    return f"{text} Left out: {why_not}." if why_not else text
 
 
 def _panel_rule(metric: Metric, seen: Suggestion) -> dict[str, Any]:
@@ -175,17 +188,18 @@ def _word(text: str) -> str:
     """Text as YAML reads it back; what does not show becomes an escape."""
     if re.fullmatch(r"[A-Za-z][\w./-]*", text, re.ASCII) and text.lower() not in _WORDS:
         return text
-    return (
-        '"'
-        + "".join(char if char.isprintable() and char not in '"\\' else f"\\U{ord(char):08x}" for char in text)
-        + '"'
-    )
+    return '"' + _visible(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'
+
+
+def _visible(text: str) -> str:
+    """Text in which what does not show is an escape, as YAML writes it."""
+    return "".join(char if char.isprintable() else f"\\U{ord(char):08x}" for char in text)
 
 
 def _comment(text: str, indent: str) -> Iterator[str]:
-    """A sentence as comment lines of the usual width."""
+    """A sentence as comment lines of the usual width, with nothing in them that does not show."""
     line = f"{indent}#"
-    for word in text.split():
+    for word in map(_visible, text.split()):
         if len(line) + 1 + len(word) > _WIDE and not line.endswith("#"):
             yield line
             line = f"{indent}#"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,8 @@ LossKind = Literal["discrete", "surrogate"]
 
 _NAME = re.compile(r"[A-Za-z0-9][\w./-]{0,63}", re.ASCII)
 _MOST_RULES = 100
+_KEPT_FREE = 5
+"""For the loss and the gradient norm."""
 _IDLE = (
     (re.compile(r"(^|[/_])(num_tokens|num_input_tokens_seen|epoch|global_step|step|total_flos|samples)$"), "it counts"),
     (re.compile(r"learning_rate|(^|[/_])lr($|[/_])"), "the schedule sets it"),
@@ -143,6 +146,8 @@ class Suggestion:
         """Whether the trainer is one whose loss is a policy-gradient surrogate."""
         self.tolerant = False
         """Whether a framework hands the metrics in, and knows itself which of them an update has none of."""
+        self._awaited: Counter[str] = Counter()
+        """How many updates had none of a metric that was never seen, and said so."""
 
     def take(
         self, readings: Mapping[str, float], *, update: int, armed: bool, absent: Collection[str] = ()
@@ -151,16 +156,17 @@ class Suggestion:
         self.updates += 1
         for name, value in readings.items():
             if name not in self.metrics:
-                missed = self.updates > 1 and name not in absent and not self.tolerant
+                missed = self._awaited[name] < self.updates - 1 and not self.tolerant
                 self.metrics[name] = Metric(name, first=update, missed=missed)
             self.metrics[name].take(value, update=update, armed=armed)
+        self._awaited.update(name for name in absent if name not in self.metrics)
         due = [metric for metric in self.metrics.values() if metric.rules is None]
         for metric in due:
             if metric.name not in readings and metric.name not in absent and not self.tolerant:
                 metric.missed = True
         ready = [metric for metric in due if metric.count >= YOUNG]
         for metric in ready:
-            metric.rules, metric.why_not = self._watched(metric)
+            metric.rules, metric.why_not = self._fitting(metric, self._taken())
         return ready
 
     def measured(self, panel: Mapping[str, float]) -> None:
@@ -184,14 +190,17 @@ class Suggestion:
 
     def rules(self) -> list[dict[str, Any]]:
         """The rules of the suggested policy, the loss and the gradient norm first."""
-        rules = [rule for _, some, _ in self.plan() for rule in some]
-        return rules[:_MOST_RULES]
+        return [rule for _, some, _ in self.plan() for rule in some]
 
     def plan(self) -> Iterator[tuple[Metric, Sequence[dict[str, Any]], str]]:
         """Of each metric how it should be watched, and why not more than that."""
         always = [self.metrics.get(name) or Metric(name, first=0) for name in ("loss", "grad_norm")]
+        taken = self._taken()
         for metric in (*always, *(metric for name, metric in self.metrics.items() if name not in _ALWAYS)):
-            rules, why = (metric.rules, metric.why_not) if metric.rules is not None else self._watched(metric)
+            rules, why = metric.rules, metric.why_not
+            if rules is None:
+                rules, why = self._fitting(metric, taken)
+                taken += 0 if metric.name in _ALWAYS else len(rules)
             if metric.name == "grad_norm" and self.updates and not metric.count:
                 yield metric, (), "no update had it; where one is no number, it is stopped all the same"
             elif metric.name not in _ALWAYS and metric.count > 1 and metric.low == metric.high:
@@ -203,9 +212,7 @@ class Suggestion:
         """The rules to judge the next update by: those that are decided, and what needs no history."""
         decided = {name: metric.rules for name, metric in self.metrics.items() if metric.rules is not None}
         always = [*(decided.get("loss") or (_bounds("loss"),)), *(decided.get("grad_norm") or ())]
-        return [*always, *(rule for name, some in decided.items() if name not in _ALWAYS for rule in some)][
-            :_MOST_RULES
-        ]
+        return [*always, *(rule for name, some in decided.items() if name not in _ALWAYS for rule in some)]
 
     def section(self, rules: Sequence[dict[str, Any]]) -> Updates:
         """The section `updates` of a guard policy with these rules."""
@@ -215,6 +222,17 @@ class Suggestion:
         return Updates.model_validate(
             {"loss_kind": kind, "false_alarm_every": FALSE_ALARM_EVERY, "monitors": tuple(rules)}
         )
+
+    def _taken(self) -> int:
+        """How many rules are decided, with those that the loss and the gradient norm may come to."""
+        decided = (metric.rules or () for name, metric in self.metrics.items() if name not in _ALWAYS)
+        return _KEPT_FREE + sum(map(len, decided))
+
+    def _fitting(self, metric: Metric, taken: int) -> tuple[tuple[dict[str, Any], ...], str]:
+        rules, why = self._watched(metric)
+        if metric.name in _ALWAYS or taken + len(rules) <= _MOST_RULES:
+            return rules, why
+        return (), f"a policy holds {_MOST_RULES} monitors, and those before it took them"
 
     def _watched(self, metric: Metric) -> tuple[tuple[dict[str, Any], ...], str]:
         name = metric.name
