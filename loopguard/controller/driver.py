@@ -145,13 +145,17 @@ class Driver:
             guard._promotions.load_state_dict(kept["promotion_gate"])
             facts = {"checkpoint": str(checkpoint), "update": kept["updates"], "weights": weights}
             guard._log.append("checkpoint.loaded", facts)
-        self._set_boundary()
+        self._set_boundary(resumed=checkpoint is not None)
 
-    def _set_boundary(self) -> None:
-        """What a freeze goes back to: the promoted state, from disk; where there is none, the state as it is."""
+    def _set_boundary(self, *, resumed: bool) -> None:
+        """What a freeze goes back to.
+
+        Where training goes on from a checkpoint that is the promoted state, from disk. Where it begins, with an
+        optimizer of its own, it is the beginning.
+        """
         guard = self._guard
         promoted = guard._good.promoted
-        if promoted is None:
+        if promoted is None or not resumed:
             guard._good.begin(guard._whole_state(), guard._facts(cycle=None))
             return
         guard._good.adopt(guard._good.go_on(), guard._facts(cycle=promoted.cycle))
@@ -176,7 +180,7 @@ class Driver:
         guard._log.append("snapshot.restored", {"snapshot": name, "because": because})
         guard.found.append(because)
         guard._log.append("model.attached", guard._attached())
-        self._set_boundary()
+        self._set_boundary(resumed=True)
 
     def _stop_at_unknown(self, weights: str, checkpoint: Path) -> None:
         guard = self._guard
@@ -224,7 +228,12 @@ class Driver:
     def promote(self, panel: Mapping[str, float], apply: Callable[[], object] | None = None) -> Decision:
         """Ask whether the weights may be what a freeze goes back to, and what generates."""
         cycle = self.cycle
-        decision = cycle.promote(panel, apply=apply)
+        judged = {one.metric for one in self._guard.policy.promotion.panel}
+        decision = cycle.promote(
+            {name: value for name, value in panel.items() if name in judged},
+            apply=apply,
+            unjudged={name: value for name, value in panel.items() if name not in judged},
+        )
         if decision.allowed:
             self._denied = 0
         elif not cycle.outlived():

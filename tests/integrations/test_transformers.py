@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import pytest
 
@@ -177,7 +181,8 @@ class TestPromotion:
             eval_rows=batches(1),
             eval_strategy="steps",
             eval_steps=3,
-            learning_rate=0.3,
+            learning_rate=3.0,
+            optim="sgd",
             callbacks=[diary],
         )
         with pytest.raises(LoopFrozen, match="eval_loss"):
@@ -200,24 +205,25 @@ class TestPromotion:
         assert not lab.events("promotion.decided")
 
 
-class TestCheckpoints:
-    ARGUMENTS = {"save_strategy": "steps", "save_steps": 2}
+SAVING = {"save_strategy": "steps", "save_steps": 2}
 
+
+class TestCheckpoints:
     def test_a_resume_while_frozen_comes_up_frozen(self, lab):
         """And no weight moves."""
         with pytest.raises(LoopFrozen):
-            lab.train(make_trainer(lab.tmp_path, batches(6, {3: nan}), **self.ARGUMENTS))
+            lab.train(make_trainer(lab.tmp_path, batches(6, {3: nan}), **SAVING))
         before = len(lab.events("update.applied", "update.leased"))
-        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        again = make_trainer(lab.tmp_path, batches(6), **SAVING)
         with pytest.raises(LoopFrozen):
             lab.train(again, resume_from_checkpoint=True)
-        reference = make_trainer(lab.tmp_path, batches(2), **self.ARGUMENTS)
+        reference = make_trainer(lab.tmp_path, batches(2), **SAVING)
         reference.train()
         assert same(state_of(again)[0], state_of(reference)[0])  # the trainer loads it before it asks anybody
         assert len(lab.events("update.applied", "update.leased")) == before
 
     def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(self, lab):
-        whole = lab.train(make_trainer(lab.tmp_path, batches(8), **self.ARGUMENTS))
+        whole = lab.train(make_trainer(lab.tmp_path, batches(8), **SAVING))
         shutil.rmtree(lab.run_dir)
         shutil.rmtree(lab.tmp_path / "trainer")
 
@@ -227,8 +233,8 @@ class TestCheckpoints:
                     raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            lab.train(make_trainer(lab.tmp_path, batches(8), callbacks=[Killed()], **self.ARGUMENTS))
-        again = lab.train(make_trainer(lab.tmp_path, batches(8), **self.ARGUMENTS), resume_from_checkpoint=True)
+            lab.train(make_trainer(lab.tmp_path, batches(8), callbacks=[Killed()], **SAVING))
+        again = lab.train(make_trainer(lab.tmp_path, batches(8), **SAVING), resume_from_checkpoint=True)
         assert same(state_of(again), state_of(whole))
         (loaded,) = lab.events("checkpoint.loaded")
         assert loaded.body["update"] == 4
@@ -236,9 +242,9 @@ class TestCheckpoints:
 
     def test_the_monitors_go_on_where_the_checkpoint_left_them(self, lab):
         lab.write(monitors=BOUNDS % "1000" + ", {kind: jump, metric: loss}")
-        lab.train(make_trainer(lab.tmp_path, batches(4), **self.ARGUMENTS))
+        lab.train(make_trainer(lab.tmp_path, batches(4), **SAVING))
         kept = json.loads((lab.tmp_path / "trainer" / "checkpoint-4" / "loopguard.json").read_text())
-        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        again = make_trainer(lab.tmp_path, batches(6), **SAVING)
         with lab.open() as guard:
             guard.attach(again)
 
@@ -252,10 +258,10 @@ class TestCheckpoints:
         assert json.loads(json.dumps(states[0])) == kept["update_gate"]
 
     def test_weights_of_a_checkpoint_that_nobody_saved_freeze(self, lab):
-        lab.train(make_trainer(lab.tmp_path, batches(4), **self.ARGUMENTS))
-        other = make_trainer(lab.tmp_path, batches(4, {1: 2.0}), **self.ARGUMENTS)
+        lab.train(make_trainer(lab.tmp_path, batches(4), **SAVING))
+        other = make_trainer(lab.tmp_path, batches(4, {1: 2.0}), **SAVING)
         other.train()  # without a guard, over the same checkpoints
-        again = make_trainer(lab.tmp_path, batches(6), **self.ARGUMENTS)
+        again = make_trainer(lab.tmp_path, batches(6), **SAVING)
         with pytest.raises(LoopFrozen, match="never saved"):
             lab.train(again, resume_from_checkpoint=True)
 
@@ -266,8 +272,9 @@ class TestCheckpoints:
             "eval_rows": batches(1),
             "eval_strategy": "steps",
             "eval_steps": 3,
-            "learning_rate": 0.3,
-            **self.ARGUMENTS,
+            "learning_rate": 3.0,
+            "optim": "sgd",
+            **SAVING,
         }
         diary = Diary()
         with pytest.raises(LoopFrozen):
@@ -290,6 +297,42 @@ class TestCheckpoints:
             next(other.model.parameters()).add_(1)
         with pytest.raises(UsageError, match="name a new run directory"):
             lab.train(other)
+
+
+class TestGoingOn:
+    def test_a_run_that_waits_goes_on_from_the_last_good_weights_when_somebody_resumes_it(self, lab):
+        """In the same process: the batch that froze it is gone, and the rest of the data follow."""
+        lab.write(freeze="when_frozen: wait")
+        trainer = make_trainer(lab.tmp_path, batches(6, {3: nan}))
+        diary = Diary()
+        trainer.add_callback(diary)
+
+        def resume():
+            while not (lab.run_dir / "latch").exists() or not lab.events("freeze.entered"):
+                time.sleep(0.05)
+            command = ["loopguard", "resume", str(lab.run_dir), "--by", "dana", "--reason", "bad row"]
+            main = "from loopguard.cli.app import main; main()"
+            subprocess.run([sys.executable, "-c", main, *command[1:]], check=True, capture_output=True)
+
+        person = threading.Thread(target=resume)
+        person.start()
+        lab.train(trainer)
+        person.join()
+        assert trainer.state.global_step == 6
+        assert same(diary.after[3][0], diary.before[0][0])  # nothing was promoted: back to the beginning
+        assert [entry.body["by"] for entry in lab.events("resume.applied")] == ["dana"]
+        assert lab.events("update.applied")[-1].body["to"] == 2
+
+    def test_two_trainers_can_follow_each_other_under_one_guard(self, lab):
+        """As in expert iteration, where each iteration makes a trainer of its own."""
+        with lab.open() as guard:
+            first = make_trainer(lab.tmp_path, batches(3), eval_rows=batches(1))
+            guard.attach(first)
+            first.train()
+            second = make_trainer(lab.tmp_path, batches(3), eval_rows=batches(1), model=first.model)
+            guard.attach(second)
+            second.train()
+        assert [entry.body["update"] for entry in lab.events("snapshot.written") if entry.body["promoted"]] == [3, 6]
 
 
 class TestWhatCannotBeGuarded:

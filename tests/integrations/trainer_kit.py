@@ -166,6 +166,8 @@ def make_grpo(
     callbacks: Sequence[Any] = (),
     spoil: Mapping[int, float] | None = None,
     unstepped: Collection[int] = (),
+    evaluated: bool = False,
+    model: Any = None,
     **training_arguments: Any,
 ) -> Any:
     """A trl.GRPOTrainer with one group of four completions in each update.
@@ -194,10 +196,11 @@ def make_grpo(
     if environment_factory is not None:
         rolled["environment_factory"] = environment_factory
     trainer = _planned(_forcing(trl.GRPOTrainer, tokenizer, force_calls), spoil=spoil, unstepped=unstepped)(
-        model=tiny_qwen2(tokenizer),
+        model=model or tiny_qwen2(tokenizer),
         reward_funcs=reward or checksum,
         args=trl.GRPOConfig(**(arguments | training_arguments)),
         train_dataset=_dataset(rows),
+        eval_dataset=_dataset(rows[:1]) if evaluated else None,
         processing_class=tokenizer,
         callbacks=list(callbacks),
         **rolled,
