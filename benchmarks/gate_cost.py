@@ -183,26 +183,33 @@ def guarded_step(training: Training, cycle: Any, tokens: torch.Tensor, stopwatch
     return end - start, (kept - start) + (end - after) - stopwatch.total_s
 
 
-def measure(kernel: dict[str, bool], *, steps: int, tokens: int) -> dict[str, Any]:
+def opened(folder: Path, *, observe: bool) -> Any:
+    if observe:
+        return LoopGuard.observe(folder / "run", quiet=True)
+    return LoopGuard.from_file(policy(folder), run_dir=folder / "run", runtimes=fake_runtimes(""))
+
+
+def measure(kernel: dict[str, bool], *, steps: int, tokens: int, observe: bool) -> dict[str, Any]:
     bare, guarded, stopwatch = Training(kernel), Training(kernel), Stopwatch()
     batches = torch.Generator().manual_seed(1)
     bare_s: list[tuple[float, float]] = []
     guarded_s: list[tuple[float, float]] = []
-    with tempfile.TemporaryDirectory(prefix="gate-cost-", dir=Path.cwd()) as folder:
-        runtimes = fake_runtimes("")
-        with LoopGuard.from_file(policy(Path(folder)), run_dir=Path(folder) / "run", runtimes=runtimes) as guard:
-            guard.attach(model=guarded.model, optimizer=guarded.optimizer, scheduler=guarded.schedule)
-            cycle = next(iter(guard.cycles(1)))
-            for index in range(steps):
-                batch = torch.randint(VOCABULARY, (max(1, tokens // 64), 64), generator=batches)
-                for turn in ("bare", "guarded") if index % 2 else ("guarded", "bare"):
-                    if turn == "bare":
-                        with watching(stopwatch, bare):
-                            bare_s.append(bare_step(bare, batch, stopwatch))
-                    else:
-                        with watching(stopwatch, guarded):
-                            guarded_s.append(guarded_step(guarded, cycle, batch, stopwatch))
-            same = bare.digest() == guarded.digest()
+    with (
+        tempfile.TemporaryDirectory(prefix="gate-cost-", dir=Path.cwd()) as folder,
+        opened(Path(folder), observe=observe) as guard,
+    ):
+        guard.attach(model=guarded.model, optimizer=guarded.optimizer, scheduler=guarded.schedule)
+        cycle = next(iter(guard.cycles(1)))
+        for index in range(steps):
+            batch = torch.randint(VOCABULARY, (max(1, tokens // 64), 64), generator=batches)
+            for turn in ("bare", "guarded") if index % 2 else ("guarded", "bare"):
+                if turn == "bare":
+                    with watching(stopwatch, bare):
+                        bare_s.append(bare_step(bare, batch, stopwatch))
+                else:
+                    with watching(stopwatch, guarded):
+                        guarded_s.append(guarded_step(guarded, cycle, batch, stopwatch))
+        same = bare.digest() == guarded.digest()
     warm = max(3, steps // 10)  # first steps make the optimizer's state
     (bare_steps, around), (guarded_steps_s, with_guard) = (
         zip(*bare_s[warm:], strict=True),
@@ -262,14 +269,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=140, help="the default spans two leases")
     parser.add_argument("--tokens", type=int, default=256, help="in one batch; fewer make the guard's share larger")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--observe", action="store_true", help="measure an observer in place of a guard")
     parser.add_argument("--cpu", action="store_true", help="count what the thread computes; with --threads 1")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    shape = {"steps": options.steps, "tokens": options.tokens, "observe": options.observe}
     results = {
         "tokens": options.tokens,
         "clock": "cpu" if CPU_TIME else "wall",
-        "fused": measure({"fused": True}, steps=options.steps, tokens=options.tokens),
-        "foreach": measure({"foreach": True}, steps=options.steps, tokens=options.tokens),
+        "fused": measure({"fused": True}, **shape),
+        "foreach": measure({"foreach": True}, **shape),
         "monitors_us": per_metric(),
         "machine": {
             "cores": os.cpu_count(),
