@@ -80,7 +80,7 @@ def make_trainer(
 
     class Weighted(transformers.Trainer):
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
-            weight = inputs.pop("w").max()
+            weight = inputs.pop("w").max() if "w" in inputs else 1.0
             # The parent divides by the tokens of the whole update, or by the number of its batches; a factor on what
             # it returns leaves that as it is.
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **options)
