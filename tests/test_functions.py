@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import importlib
 import inspect
 import json
 import math
 import posixpath
 import re
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from lab import POLICY, Lab
 
 from loopguard.controller import LoopGuard
-from loopguard.controller.functions import RESULT
+from loopguard.controller.functions import _ENDED, RESULT
 from loopguard.controller.source import portable
 from loopguard.errors import AuditWriteError, LoopFrozen, SandboxUnavailableError, ToolRaisedError, UsageError
 from loopguard.gates.tools import REFUSAL
@@ -536,6 +538,45 @@ class TestTheBudget:
         with lab.open() as guard:
             assert guard.tool(divide)(a="forbidden", b=1) == REFUSAL
             assert guard.tool(add)(a=1) == 4
+
+
+class TestThePage:
+    """What docs/tools-in-frameworks.md shows is true."""
+
+    PAGE = (Path(__file__).parent.parent / "docs" / "tools-in-frameworks.md").read_text(encoding="utf-8")
+
+    def test_its_code_runs_under_its_policy(self, tmp_path, monkeypatch):
+        (code,) = re.findall(r"```python\n(.*?)```", self.PAGE, re.DOTALL)
+        (tools,) = re.findall(r"```yaml\n(.*?)```", self.PAGE, re.DOTALL)
+        (tmp_path / "train_of_the_page.py").write_text(code)
+        (tmp_path / "grpo.yaml").write_text(re.sub(r"tools:.*?(?=data:)", tools, POLICY, flags=re.DOTALL))
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.syspath_prepend(str(tmp_path))
+        module = importlib.import_module("train_of_the_page")
+        lab, made = Lab(tmp_path), []
+        lab.policy, lab.respond = tmp_path / "grpo.yaml", lambda call: returned(call, 1.0) if call.program else "4"
+        monkeypatch.setattr(module, "LoopGuard", types.SimpleNamespace(from_file=lambda policy, run_dir: lab.open()))
+        monkeypatch.setattr(LoopGuard, "attach", lambda guard, trainer: None)
+
+        class Trainer:
+            def __init__(self, *, tools, environment_factory, reward_funcs):
+                made.extend([tools, environment_factory, reward_funcs])
+
+            def train(self):
+                (root, python, shell), drawer, (brevity,) = made
+                assert (root(x=1.0), python(code="print(4)"), shell(command="echo 4")) == (1.0, "4", "4")
+                assert drawer().write(text="42") == 1.0
+                assert brevity(completions=["a"]) == [0.5]
+
+        module.main(Trainer)
+        assert len(lab.events("tool.decided")) == 4
+
+    def test_it_opens_with_what_a_demanding_user_expects(self):
+        assert re.findall(r"^## (.*)$", self.PAGE, re.MULTILINE)[0] == "What a demanding user expects"
+
+    @pytest.mark.parametrize("text", [REFUSAL, *_ENDED.values()])
+    def test_it_tells_what_a_model_reads(self, text):
+        assert f"`{text}`" in self.PAGE
 
 
 @pytest.fixture(scope="module")

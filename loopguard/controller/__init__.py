@@ -13,6 +13,10 @@ deciding.
     calls      the path of every tool call
     tools      a tool as the loop sees it, and a rollout with a cell of its own
     station    tools without a loop
+    functions  tools for frameworks that call plain functions, and `source`, what of them can be sent to a cell
+    environments  the same for classes, an instance for each rollout
+    rewards    what a framework's rewards say, read before it counts
+    quarantine where records go that are held back
     cells      the runtimes of a guard policy
     learner    what is asked of a framework's model, and who holds which
     observe    a run that is watched and never stopped

@@ -2,8 +2,8 @@
 
 import pytest
 
-from loopguard.gates.tools import REFUSAL, ToolGate
-from loopguard.policy.schema import GuardPolicy
+from loopguard.gates.tools import REFUSAL, Rollout, ToolGate
+from loopguard.policy.schema import CallBudget, GuardPolicy
 from loopguard.types import Outcome, ToolCall
 
 
@@ -91,3 +91,42 @@ def test_what_a_person_has_looked_at_is_counted_no_more():
         gate.decide(call("ls", tool="browser"))
     gate.forget()
     assert gate.trip() is None
+
+
+class TestTheBudget:
+    def rules(self, gate, count, **where):
+        return [gate.decide(call("print(1)"), **where).rule for _ in range(count)]
+
+    def test_each_cycle_has_its_own(self):
+        """Calls outside of a cycle are one of their own; late calls of an earlier cycle do not give it a new one."""
+        gate = ToolGate(policy(budget={"per_cycle": 2}))
+        assert self.rules(gate, 3, cycle=1) == ["calculator", "calculator", "budget"]
+        assert self.rules(gate, 3, cycle=2) == ["calculator", "calculator", "budget"]
+        assert self.rules(gate, 1, cycle=1) == ["budget"]
+        assert self.rules(gate, 3) == ["calculator", "calculator", "budget"]
+
+    def test_a_refusal_for_want_of_budget_counts_towards_no_rate(self):
+        gate = ToolGate(policy(budget={"per_cycle": 1}, freeze_above=RATES))
+        assert self.rules(gate, 20)[-1] == "budget"
+        assert gate.trip() is None
+
+    def test_what_the_loop_calls_for_itself_and_what_a_rule_refuses_take_nothing(self):
+        gate = ToolGate(policy(budget={"per_cycle": 1}))
+        assert self.rules(gate, 5, spends=False) == ["calculator"] * 5
+        gate.decide(call("import os"))
+        assert self.rules(gate, 2) == ["calculator", "budget"]
+
+    def test_a_cycle_that_starts_again_has_the_whole_of_it(self):
+        gate = ToolGate(policy(budget={"per_cycle": 1}))
+        assert self.rules(gate, 2, cycle=1) == ["calculator", "budget"]
+        gate.forget()
+        assert self.rules(gate, 2, cycle=1) == ["calculator", "budget"]
+
+    def test_a_refused_call_takes_from_neither_of_two_budgets(self):
+        """A rollout that has come to its end takes nothing from the cycle that others share."""
+        whole = policy()
+        tools = whole.tools.model_copy(update={"budget": CallBudget(per_cycle=3, per_rollout=1)})
+        gate, first, second = ToolGate(whole.model_copy(update={"tools": tools})), Rollout(), Rollout()
+        assert self.rules(gate, 4, rollout=first) == ["calculator", "budget", "budget", "budget"]
+        assert self.rules(gate, 2, rollout=second) == ["calculator", "budget"]
+        assert self.rules(gate, 2) == ["calculator", "budget"]
