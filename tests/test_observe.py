@@ -348,6 +348,7 @@ class TestMetrics:
                 }
                 if update > 30:
                     readings["late"] = noise(update, 3)
+                    readings["early"] = noise(update, 4)
                 if update == 250:
                     readings["loss"] = math.inf
                 observer.see(readings)

@@ -154,7 +154,8 @@ class Suggestion:
     ) -> list[Metric]:
         """Take in the readings of an update; gives the metrics of which it is now decided how to watch them."""
         self.updates += 1
-        for name, value in readings.items():
+        # By name, since that is the order in which a log holds them, and the rules stand in the order of the metrics.
+        for name, value in sorted(readings.items()):
             if name not in self.metrics:
                 missed = self._awaited[name] < self.updates - 1 and not self.tolerant
                 self.metrics[name] = Metric(name, first=update, missed=missed)
@@ -246,10 +247,20 @@ class Suggestion:
             return (), why
         if metric.stands_still:
             return (_bounds(name),), "it stood still at first, and there is no noise to measure a jump by"
+        if twin := self._twin(metric):
+            return (), f"it is the same as {twin}"
         better = direction(name)
         if better == "none":
             return (_bounds(name), _jump(name, better, min_change=0.25), _rule("variance", name)), ""
         return (_bounds(name), _jump(name, better), _rule("drift", name, good=better), _rule("variance", name)), ""
+
+    def _twin(self, metric: Metric) -> str:
+        """A metric with the same first readings and a shorter name, or the empty string."""
+        for other in self.metrics.values():
+            shorter = (len(other.name), other.name) < (len(metric.name), metric.name)
+            if shorter and other.early == metric.early and not _never(other):
+                return other.name
+        return ""
 
     def _loss(self, metric: Metric) -> tuple[tuple[dict[str, Any], ...], str]:
         bounds, variance = _bounds("loss"), _rule("variance", "loss")

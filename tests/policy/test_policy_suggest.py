@@ -183,6 +183,19 @@ class TestMonitors:
             suggestion.take({"loss": 2.0, "idle": noise(update)}, update=update, armed=True)
         assert suggestion.metrics["idle"].rules == decided
 
+    def test_one_that_is_the_same_as_another_is_left_out(self):
+        """A single reward function gives two names to one number."""
+        suggestion = seen(lambda u: {"loss": noise(u) ** 2, "rewards/f/mean": noise(u, 1), "reward": noise(u, 1)})
+        assert {rule["metric"] for rule in suggestion.rules()} == {"loss", "reward"}
+        assert "it is the same as reward" in draft(suggestion)
+
+    def test_the_order_in_which_metrics_are_handed_in_does_not_matter(self):
+        """A log holds them by name; so does what is judged from it."""
+        names = ["loss", "zeta", "alpha", "grad_norm"]
+        one = seen(lambda u: {name: noise(u, len(name)) ** 2 for name in names})
+        other = seen(lambda u: {name: noise(u, len(name)) ** 2 for name in reversed(names)})
+        assert one.rules() == other.rules()
+
     def test_one_that_comes_and_goes_is_left_out_unless_that_was_said(self):
         gone = seen(lambda u: {"loss": noise(u) ** 2} | ({"score": noise(u)} if u % 2 else {}))
         assert "score" not in {rule["metric"] for rule in gone.rules()}
