@@ -212,8 +212,11 @@ class TestACall:
             games = [kind() for _ in range(3)]
             for game in games[:2] * 2:
                 game.reset()
-            with pytest.raises(UsageError, match="set sandbox.profiles.offline.cells to the number of rollouts"):
+            said = "2 rollouts have a cell each, .* set sandbox.profiles.offline.cells to the number of rollouts"
+            with pytest.raises(UsageError, match=said):
                 games[2].reset()
+            with pytest.raises(UsageError, match=said):
+                guard.wrap_environment(Odd)().reset()
 
     @pytest.mark.parametrize("reward", [float("nan"), float("inf"), "much", [1.0]])
     def test_a_reward_is_a_finite_number(self, lab, reward):

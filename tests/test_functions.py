@@ -134,6 +134,14 @@ def steal(path: str) -> list[str]:
     return told
 
 
+def copyright():  # noqa: A001 - that is the point
+    return "ours"
+
+
+def shadowing() -> str:
+    return copyright()
+
+
 def remember(n: int) -> int:
     return n
 
@@ -421,6 +429,11 @@ class TestTheText:
         assert space["add"](1) == 9
         exec(portable(dated), space)
         assert space["dated"]() == "2030-01-01T00:00:00/"
+
+    def test_a_name_of_the_file_goes_before_a_builtin(self):
+        space = {}
+        exec(portable(shadowing), space)
+        assert space["shadowing"]() == shadowing() == "ours"
 
     def test_decorators_and_comments_stay_here(self):
         class Stand:

@@ -19,6 +19,7 @@ import threading
 import types
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from loopguard.controller.calls import GONE
 from loopguard.controller.functions import (
@@ -110,12 +111,12 @@ def guarded(guard: LoopGuard, cls: Any) -> Any:
         raise UsageError(f"{cls.__name__} has no method reset, which is where a rollout begins: add one")
     profile = _profile(guard, cls.__name__)
     program = f"{portable(cls)}\n{SERVE}{_METHOD.format(name=cls.__name__)}"
-    crowd = _Crowd(cls.__name__, profile, guard.policy.sandbox.profiles[profile].cells)
+    crowd = _crowd(guard, profile)
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
         start = named(cls, args, kwargs)
         json_of(start, tool=cls.__name__)
-        self._rollouts = _Rollouts(guard, crowd, program, start)
+        self._rollouts = _Rollouts(guard, crowd, cls.__name__, program, start)
 
     def elsewhere(self: Any, name: str) -> Any:
         raise AttributeError(f"{cls.__name__}.{name} is in the cell of its rollout: have a method give it back")
@@ -189,10 +190,9 @@ def _bound(method: types.FunctionType, it: Any, args: tuple[Any, ...], kwargs: d
 
 
 class _Crowd:
-    """How many rollouts of one class have a cell, so that one too many is told so instead of waiting for ever."""
+    """How many rollouts have a cell of one profile, so that one too many is told so instead of waiting for ever."""
 
-    def __init__(self, name: str, profile: str, most: int) -> None:
-        self.name = name
+    def __init__(self, profile: str, most: int) -> None:
         self.profile = profile
         self._most = most
         self._there = 0
@@ -203,8 +203,8 @@ class _Crowd:
         with self._lock:
             if self._there >= self._most:
                 raise UsageError(
-                    f"{self._there} rollouts of {self.name} have a cell each, and the profile {self.profile!r} has no "
-                    f"more: set sandbox.profiles.{self.profile}.cells to the number of rollouts in a batch"
+                    f"{self._there} rollouts have a cell each, and the profile {self.profile!r} has no more: "
+                    f"set sandbox.profiles.{self.profile}.cells to the number of rollouts in a batch"
                 )
             self._there += 1
 
@@ -214,12 +214,22 @@ class _Crowd:
             self._there -= 1
 
 
+_crowds: WeakKeyDictionary[LoopGuard, dict[str, _Crowd]] = WeakKeyDictionary()
+"""Of each guard by profile: several classes may share one."""
+
+
+def _crowd(guard: LoopGuard, profile: str) -> _Crowd:
+    known = _crowds.setdefault(guard, {})
+    return known.setdefault(profile, _Crowd(profile, guard.policy.sandbox.profiles[profile].cells))
+
+
 class _Rollouts:
     """The rollouts of one instance that a framework holds, one after the other. Thread-safe; calls run in turn."""
 
-    def __init__(self, guard: LoopGuard, crowd: _Crowd, program: str, start: Mapping[str, Any]) -> None:
+    def __init__(self, guard: LoopGuard, crowd: _Crowd, name: str, program: str, start: Mapping[str, Any]) -> None:
         self._guard = guard
         self._crowd = crowd
+        self._name = name
         self._program = program
         self._start = start
         self._turn = threading.RLock()
@@ -249,7 +259,7 @@ class _Rollouts:
             except BaseException as error:
                 self._crowd.leave()
                 if isinstance(error, SandboxError) and not self._guard._closed and not self._guard.frozen:
-                    reason = f"no cell could be had for a rollout of {self._crowd.name}: {error}"
+                    reason = f"no cell could be had for a rollout of {self._name}: {error}"
                     freeze(self._guard, Decision(result="freeze", gate="tool", rule="sandbox", reason=reason))
                 raise
 
@@ -277,7 +287,7 @@ class _Rollouts:
     async def aask(self, method: str, arguments: Mapping[str, Any]) -> Any:
         """The same, awaited; cancelling it ends the call, and the rollout with it."""
         asked: Future[Any] = Future()
-        call = new_call(self._crowd.name, "")  # for its id and its profile; what runs is made when it is its turn
+        call = new_call(self._name, "")  # for its id and its profile; what runs is made when it is its turn
 
         def run(_: ToolCall) -> Outcome:
             try:
@@ -307,7 +317,7 @@ class _Rollouts:
         if not self._state:
             told = {"__init__": dict(self._start), **told}
         code = json.dumps(told, ensure_ascii=False)
-        return new_call(self._crowd.name, code, program=self._program, rest=self._state.encode())
+        return new_call(self._name, code, program=self._program, rest=self._state.encode())
 
     def _run(self, call: ToolCall, *, spends: bool) -> Outcome:
         if self._refused or self._outlived():
@@ -323,12 +333,12 @@ class _Rollouts:
             # A rollout that could not begin is none; its tools must not work on an instance that was never reset.
             self._refused = self._refused or method == "reset"
             return None if method in _OWN else outcome.refusal
-        told = told_of(self._guard, self._crowd.name, outcome)
+        told = told_of(self._guard, self._name, outcome)
         self._state = str(told.get("state") or self._state)
         if "error" in told:
             raise ToolRaisedError(str(told["error"]), kind=str(told.get("kind", "")))
         if method == "get_reward" and told["result"] is not None and not finite(told["result"]):
             raise ToolRaisedError(
-                f"{self._crowd.name}.get_reward gave {told['result']!r:.60}; a reward is a finite number", kind="reward"
+                f"{self._name}.get_reward gave {told['result']!r:.60}; a reward is a finite number", kind="reward"
             )
         return told["result"]

@@ -205,9 +205,9 @@ def check_rule(guard: LoopGuard, name: str) -> None:
     """Raises UsageError where no rule names a tool: a slip in a name would be a tool that is never allowed."""
     known = {rule.tool for rule in guard.policy.tools.rules}
     if name not in known:
-        profile = next(iter(guard.policy.sandbox.profiles))
+        profile = next(iter(guard.policy.sandbox.profiles), "PROFILE")
         raise UsageError(
-            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known))}): "
+            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known)) or 'none'}): "
             f"rename the function, or add under tools.rules\n\n"
             f"    - {{id: {name.lower()}, tool: {name}, then: run, sandbox: {profile}}}"
         )
@@ -215,7 +215,8 @@ def check_rule(guard: LoopGuard, name: str) -> None:
 
 def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by their names. Too many, or one twice, is the TypeError that the function itself would raise."""
-    names = list(inspect.signature(function).parameters)
+    parameters = inspect.signature(function).parameters.values()
+    names = [each.name for each in parameters if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
     if len(args) > len(names) or any(name in kwargs for name in names[: len(args)]):
         inspect.signature(function).bind(*args, **kwargs)  # says what is wrong
     return {**dict(zip(names, args, strict=False)), **kwargs}

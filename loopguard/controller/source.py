@@ -25,7 +25,6 @@ OURS = frozenset({"tool", "wrap_environment"})
 
 _PREAMBLE = "from __future__ import annotations\n"
 _FROM_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
-_GIVEN = frozenset({*dir(builtins), "__name__", "__file__", "__module__", "__qualname__"})
 
 
 def portable(what: types.FunctionType | type) -> str:
@@ -53,7 +52,9 @@ class _Text:
         definition = _definition(what)
         text = ast.unparse(definition)
         for name in sorted(_names(text, who=self._who)):
-            if name not in self._known:
+            # A name of the file's own goes before a builtin of that name.
+            builtin = name not in self._globals and hasattr(builtins, name)
+            if name not in self._known and not builtin:
                 self._known.add(name)
                 self._take(name)
         self.parts.append(text)
@@ -125,9 +126,10 @@ def _is_ours(decorator: ast.expr) -> bool:
 
 
 def _names(text: str, *, who: str) -> set[str]:
-    """The names that a text takes from the module around it, builtins aside."""
+    """The names that a text takes from the module around it or from the builtins."""
     code = compile(_PREAMBLE + text, who, "exec", dont_inherit=True)
-    return {name for name in _loaded(code, who=who) if name not in _GIVEN}
+    # Every module has its own `__name__` and the like.
+    return {name for name in _loaded(code, who=who) if not (name.startswith("__") and name.endswith("__"))}
 
 
 def _loaded(code: types.CodeType, *, who: str) -> Iterator[str]:
