@@ -64,6 +64,13 @@ class Game(Board):
         with open(name) as file:  # noqa: PTH123 - a class of a user's
             return file.read()
 
+    async def wait(self) -> str:
+        """Wait for long."""
+        import asyncio
+
+        await asyncio.sleep(600)
+        return "over"
+
     def fail(self) -> int:
         """Fail after moving."""
         self.at = 99
@@ -396,6 +403,26 @@ class TestInACell:
             game._rollouts._episode.cell.run(swap)
             with pytest.raises(ToolRaisedError, match="the state of the environment was changed between two calls"):
                 game.get_reward()
+
+    def test_a_caller_who_goes_away_ends_the_rollout_and_not_the_run(self, tmp_path):
+        lab = EnvironmentLab(tmp_path)
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            game = guard.wrap_environment(Game)()
+            game.reset()
+
+            async def impatient():
+                waiting = asyncio.ensure_future(game.wait())
+                while not lab.events("tool.decided")[1:]:
+                    await asyncio.sleep(0.01)
+                waiting.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await waiting
+
+            asyncio.run(impatient())
+            assert not guard.frozen
+            assert game.move(by=1) == REFUSAL
+            assert game.reset() == "at 0 of 8"
+            assert game.move(by=1) == 3
 
     def test_what_cannot_be_kept_is_said(self, tmp_path):
         lab = EnvironmentLab(tmp_path)

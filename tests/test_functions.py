@@ -43,6 +43,7 @@ TOOLS = [
     "exit_early",
     "remember",
     "dated",
+    "nap",
 ]
 
 
@@ -84,6 +85,13 @@ async def wait(n: int) -> int:
 
     await asyncio.sleep(0.01)
     return n
+
+
+async def nap(s: int) -> int:
+    import asyncio
+
+    await asyncio.sleep(s)
+    return s
 
 
 def loud(text: str) -> str:
@@ -612,6 +620,15 @@ class TestInACell:
             return await asyncio.gather(*(cells.tool(wait)(n=n) for n in range(6)))
 
         assert asyncio.run(many()) == [*range(6)]
+
+    def test_a_caller_who_goes_away_ends_the_call_and_not_the_run(self, cells):
+        async def impatient():
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(cells.tool(nap)(s=60), timeout=0.3)
+            return await cells.tool(nap)(s=0)
+
+        assert asyncio.run(impatient()) == 0
+        assert not cells.frozen
 
     def test_what_it_raises_comes_back(self, cells):
         with pytest.raises(ToolRaisedError, match=r"^division by zero$"):
