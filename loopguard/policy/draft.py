@@ -62,6 +62,7 @@ def _head(seen: Suggestion, run: str, notes: Sequence[str]) -> str:
         f"A guard policy drafted from {seen.updates:,} observed updates and {seen.evaluations:,} evaluations{of}.",
         "Read it, change what you know better, and check it with `loopguard policy check FILE`.",
         *notes,
+        "Where nothing calls tools, take `tools`, `sandbox` and `data.recheck` out: then nothing asks for Docker.",
     ]
     rest = "Every key is explained in docs/policy.md. Keys that are left out have the defaults named there."
     return "\n".join([*(part for line in lines for part in _comment(line, "")), "#", f"# {rest}"])

@@ -53,6 +53,8 @@ _BESIDE = re.compile(
 _DOWN = re.compile(r"loss|perplexity|(^|[/_])(ppl|nll|wer|cer|bpb)($|[/_])|error_rate")
 _UP = re.compile(r"reward|accurac|(^|[/_])(acc|score|correct|f1|bleu|em)($|[/_])|(pass|win|success)_rate|pass@")
 _SHARE = re.compile(r"accurac|(^|[/_])(acc|share|frac|correct)($|[/_])|(pass|win|success|error)_rate|failure_frequency")
+_GROWS = re.compile(r"(^|[/_])(approx_)?kl($|[/_])")
+"""Of these only a level that grows fourfold at once is worth a freeze: less freezes runs that are sound."""
 _NEVER_NEGATIVE = re.compile(r"grad_norm|entropy|perplexity|length|(^|[/_])ppl($|[/_])")
 
 _RL = re.compile(r"GRPO|RLOO|PPO|OnlineDPO|Reinforce|NashMD|XPO", re.IGNORECASE)
@@ -250,6 +252,11 @@ class Suggestion:
         if twin := self._twin(metric):
             return (), f"it is the same as {twin}"
         better = direction(name)
+        if _GROWS.search(name.lower()):
+            return (
+                _bounds(name),
+                _jump(name, better, min_change=3.0),
+            ), "it grows in healthy runs, and its noise with it"
         if better == "none":
             return (_bounds(name), _jump(name, better, min_change=0.25), _rule("variance", name)), ""
         return (_bounds(name), _jump(name, better), _rule("drift", name, good=better), _rule("variance", name)), ""

@@ -121,6 +121,16 @@ def test_all_but_two_sections_are_those_of_the_default(loaded):
     assert "A call that no rule lets run is refused, and a deny always wins" in text
 
 
+def test_a_run_without_tools_may_take_them_out(tmp_path):
+    """As the head of the file says; then nothing asks for Docker."""
+    text = draft(Suggestion())
+    blocks = [block for block in text.split("\n\n") if not re.search(r"^(tools|sandbox):", block, re.MULTILINE)]
+    (tmp_path / "policy.yaml").write_text(re.sub(r"\n  recheck: .*", "", "\n\n".join(blocks)))
+    found, findings = examine(tmp_path / "policy.yaml")
+    assert found is not None, findings
+    assert not found.policy.sandbox.profiles
+
+
 def test_every_section_has_a_comment(loaded):
     _, _, text = loaded(Suggestion())
     for key in ("tools", "sandbox", "data", "updates", "promotion"):
