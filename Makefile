@@ -18,6 +18,7 @@ bench: .venv/ready image  ## What we claim about speed and limits. A few minutes
 	.venv/bin/python benchmarks/sandbox_limits.py
 	.venv/bin/python benchmarks/audit_append.py
 	.venv/bin/python benchmarks/gate_cost.py
+	.venv/bin/python benchmarks/trainer_cost.py
 	.venv/bin/python benchmarks/snapshots.py
 	.venv/bin/python benchmarks/reduction.py
 	@[ -z "$(TRACES)" ] || .venv/bin/python benchmarks/detection.py --data "$(TRACES)" --cross-validate

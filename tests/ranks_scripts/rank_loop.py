@@ -240,7 +240,7 @@ def main() -> None:
     for plan in plans:
         carry_out(Run(folder, plan))
     dist.destroy_process_group()
-    # gloo's thread may still hold the last tensors, and it aborts the process when it lets go of them while Python goes.
+    # gloo's thread may still hold the last tensors; letting go of them while Python goes, it aborts the process.
     os._exit(0)
 
 
