@@ -62,10 +62,16 @@ def _drafted(run_dir: Path) -> str:
     from loopguard.policy.draft import draft
     from loopguard.state import run_facts
 
-    run = str(run_facts(run_dir)["id"])
+    facts = run_facts(run_dir)
     _verified(run_dir)
     watch = Watch.of(read.entries(run_dir, types=TYPES))
-    return draft(watch.seen, run=run, notes=_notes(watch))
+    notes = _notes(watch) if facts.get("mode") == "observe" else [_GUARDED]
+    return draft(watch.seen, run=str(facts["id"]), notes=notes)
+
+
+_GUARDED = (
+    "That run was guarded: what was withheld is not in its updates, and where this policy would freeze it is open."
+)
 
 
 def _verified(run_dir: Path) -> None:

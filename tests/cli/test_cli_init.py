@@ -8,6 +8,7 @@ from loopguard import LoopGuard
 from loopguard.audit import read
 from loopguard.cli.app import _main
 from loopguard.policy.load import examine, shipped
+from loopguard.testing import fake_runtimes
 
 
 @pytest.fixture
@@ -50,6 +51,18 @@ def test_from_a_run_it_says_where_it_would_have_frozen_it(init, observed, tmp_pa
     loaded, lints = examine(tmp_path / "policy.yaml")
     assert loaded is not None
     assert lints == []
+
+
+def test_of_a_guarded_run_it_does_not_say_what_it_cannot_know(init, tmp_path):
+    """An update that was withheld is not among those that were applied."""
+    with LoopGuard.from_file(shipped("default"), run_dir=tmp_path / "run", runtimes=fake_runtimes("4")) as guard:
+        cycle = next(guard.cycles(1))
+        for update in range(30):
+            cycle.decide_update(readings={"loss": 2.0 + update % 3, "grad_norm": 1.0})
+    code, out, _ = init("--from-run", tmp_path / "run")
+    assert code == 0
+    assert "That run was guarded." in out
+    assert "would not have frozen" not in out
 
 
 def test_a_file_that_is_there_is_not_overwritten(init, observed, tmp_path):
