@@ -470,7 +470,7 @@ class TestAttach:
         ("what", "match"),
         [
             ({"model": object()}, "models of these packages can be guarded: torch"),
-            ({"optimizer": None}, "needs optimizer"),
+            ({"optimizer": None}, "needs a trainer, or model=... and optimizer="),
             ({"optimizer": "adam"}, "got a str"),
             ({"actor": 3}, "got a int"),
         ],

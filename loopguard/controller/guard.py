@@ -310,7 +310,7 @@ class LoopGuard:
             trainer_integration_for(trainer).attach(self, trainer, config=config, cycle_updates=cycle_updates)
             return
         if model is None or optimizer is None:
-            raise UsageError("attach needs a trainer, or model=... and optimizer=...")
+            raise UsageError("attach needs a trainer, or model=... and optimizer=..., the one that moves its weights")
         self._check_attachable(loop=loop, config=config)
         held = integration_for(model).learner(
             model=model,

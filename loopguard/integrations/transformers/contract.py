@@ -106,11 +106,11 @@ def _has(owner: type, name: str, why: str) -> Finding:
 
 
 def _follows_overflow(optimizer: type) -> bool:
-    bare = object.__new__(optimizer)
+    bare: Any = object.__new__(optimizer)
     told = []
     for said in (False, True):
-        bare._is_overflow = said  # type: ignore[attr-defined]
-        told.append(bare.step_was_skipped)  # type: ignore[attr-defined]
+        bare._is_overflow = said
+        told.append(bare.step_was_skipped)
     return told == [False, True]
 
 

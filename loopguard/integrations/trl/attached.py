@@ -119,4 +119,4 @@ def updates_of_one_generation(trainer: Any) -> int:
     if not contract.generates(trainer):
         return 1
     batches = int(trainer.args.steps_per_generation * trainer.num_iterations)
-    return max(1, math.ceil(batches / trainer.args.gradient_accumulation_steps))
+    return max(1, math.ceil(batches / int(trainer.args.gradient_accumulation_steps)))
