@@ -232,6 +232,24 @@ class TestAnEngine:
         assert same(state_of(trainer), diary.before[2])
         assert len(trainer.vllm_generation.synced) == 3
 
+    def test_a_freeze_during_a_sync_stops_the_next_update_and_every_sync_after_it(self, grpo):
+        trainer = with_engine(make_grpo(grpo.tmp_path, 4))
+        diary = Diary()
+        trainer.add_callback(diary)
+        engine = trainer.vllm_generation
+        sync = engine.sync_weights
+
+        def freezing():
+            sync()
+            if len(engine.synced) == 3:
+                (grpo.run_dir / "latch").write_text("{}")
+
+        engine.sync_weights = freezing
+        with pytest.raises(LoopFrozen):
+            grpo.train(trainer)
+        assert same(state_of(trainer), diary.before[2])
+        assert len(engine.synced) == 3
+
     def test_a_sync_that_fails_freezes(self, grpo):
         trainer = with_engine(make_grpo(grpo.tmp_path, 4))
 

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="attach needs torch")
 trl = pytest.importorskip("trl", reason="these are trainers of TRL")
 
-from trainer_kit import WARNINGS, checksum, make_grpo, same, state_of
+from trainer_kit import WARNINGS, Diary, checksum, make_grpo, same, state_of
 from trainer_lab import BOUNDS, TrainerLab
 
 from loopguard.controller import LoopGuard
@@ -150,6 +150,24 @@ class TestWhereTheRunStops:
         assert lab.events("update.applied") == []
         assert lab.events("freeze.entered")[0].body["rule"] == "sandbox"
 
+    def test_a_freeze_during_an_async_call_stops_the_update_after_it(self, lab):
+        """The call ends as refused, which TRL takes for an answer; what was generated is not trained on."""
+
+        def freezing(made):
+            (lab.run_dir / "latch").write_text("{}")
+            return returned(made, json.loads(made.code)["a"])
+
+        lab.respond = freezing
+        diary = Diary()
+        with lab.open() as guard:
+            tools = [guard.tool(later)]
+            trainer = make_grpo(lab.tmp_path, 2, tools=tools, force_calls=[call("later", a=7)], callbacks=[diary])
+            guard.attach(trainer)
+            with pytest.raises(LoopFrozen):
+                trainer.train()
+        assert same(state_of(trainer), diary.before[0])
+        assert lab.events("promotion.decided", "update.applied") == []
+
     def test_a_reward_that_is_not_a_number_stops_the_update_after_it(self, lab):
         def broken(completions, **columns):
             return [float("nan"), *checksum(completions)[1:]]
@@ -181,6 +199,27 @@ class TestRewards:
         assert [row["reward"] for row in trainer.state.log_history[:2]] == [None, pytest.approx(0.5, abs=0.5)]
         (held,) = lab.events("data.quarantined")
         assert (held.body["reason"], held.body["count"]) == ("forbidden_in_prompt", 4)
+
+
+@pytest.mark.docker
+class TestATool:
+    def test_its_calls_run_in_containers_and_the_log_has_each_of_them(self, lab):
+        """The same answers and weights as without a guard."""
+        calls = [call("add", a=1, b=2), call("add", a=100, b=1), None]
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            read = Read()
+            guarded = make_grpo(
+                lab.tmp_path, 2, tools=[guard.tool(add)], force_calls=calls, reward=guard.wrap_reward(read.reward)
+            )
+            guard.attach(guarded)
+            guarded.train()
+        bare = make_grpo(lab.tmp_path, 2, tools=[add], force_calls=calls, reward=Read().reward)
+        bare.train()
+        assert same(state_of(guarded), state_of(bare))
+        assert set(read.answers) == {"3"}  # the error is longer than what this trainer lets into a completion
+        finished = [entry.body for entry in lab.events("tool.finished")]
+        assert len(finished) == len(lab.events("tool.decided")) == 6
+        assert len(lab.events("sandbox.created")) >= 1
 
 
 @pytest.mark.docker

@@ -53,7 +53,7 @@ def probe() -> list[Finding]:
         ),
         Finding(
             "Trainer.train(resume_from_checkpoint)",
-            "resume_from_checkpoint" in inspect.signature(Trainer.train).parameters,
+            "resume_from_checkpoint" in _parameters(Trainer, "train"),
             "it says which checkpoint was loaded",
         ),
     ]
@@ -103,6 +103,10 @@ def require_prepared(trainer: Any) -> None:
 
 def _has(owner: type, name: str, why: str) -> Finding:
     return Finding(f"{owner.__name__}.{name}", hasattr(owner, name), why)
+
+
+def _parameters(owner: type, name: str) -> list[str]:
+    return list(inspect.signature(getattr(owner, name)).parameters) if hasattr(owner, name) else []
 
 
 def _follows_overflow(optimizer: type) -> bool:
