@@ -15,9 +15,11 @@ import uuid
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from loopguard.approvals import Approvals, book
 from loopguard.audit import read
+from loopguard.consent.book import count, later
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import write_synced
@@ -25,16 +27,20 @@ from loopguard.snapshots.files import write_synced
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from loopguard.approvals import Consent
     from loopguard.audit.events import Entry
     from loopguard.audit.log import AuditLog
+    from loopguard.consent.statement import Statement
     from loopguard.types import Decision, Signal
 
 CONTROLLER = "controller"
 """The stream of the process that owns the run."""
 
-RequestKind = Literal["freeze", "resume", "note"]
+RequestKind = Literal["freeze", "resume", "approval", "note"]
 _TURNS = ("freeze.entered", "resume.applied")
 _NEXT = ("resume (rolls back and goes on)", "read the report")
+_MAX_REQUEST_BYTES = 128 * 1024
+"""A larger file in `requests/` was written by nobody who means well."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -54,7 +60,15 @@ class Standing:
     cycle: int | None
     """The last promoted cycle."""
     owner_pid: int | None
-    """The living process that owns the run."""
+    """The living process that owns the run; 0 for one that has only just taken it."""
+    pending: str | None
+    """The request that waits for approvals."""
+    approved_by: tuple[str, ...]
+    """Who has approved it so far."""
+    approvals_needed: int
+    """How many people a resume takes; 0 where one name and a reason are enough."""
+    expires: str | None
+    """Until when the request waits, RFC 3339."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +81,12 @@ class Request:
     reason: str
     freeze: str | None
     """The freeze that a resume is meant for; another one is not lifted by it."""
+    statement: Any = None
+    """What people have to sign before a resume; None where the guard policy asks for no approvals."""
+    signature: str | None = None
+    """Of an approval."""
+    consent: Consent | None = None
+    """By which people a resume was approved; nothing that a file in `requests/` can say."""
 
 
 class FreezeState:
@@ -80,12 +100,19 @@ class FreezeState:
     records it in the stream of its own rank, and leaves the cache, the requests and the removal of the latch to it.
     """
 
-    def __init__(self, run_dir: Path, log: AuditLog, *, follows: str | None = None) -> None:
+    def __init__(self, run_dir: Path, log: AuditLog, *, follows: str | None = None, policy: str | None = None) -> None:
+        """`policy` is the digest of the guard policy in force; leave it out where that is what the log was opened with.
+
+        Whoever opens the log without having read the policy says here what its file comes to.
+        """
         self._dir = run_dir
         self._log = log
         self._latch = run_dir / "latch"
         self._follows = follows
         """The stream of a rank that does not own the run."""
+        self._approvals = (
+            Approvals(run_dir, log, policy=log.policy if policy is None else policy) if not follows else None
+        )
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
         self._count = sum(entry.type == "freeze.entered" for entry in turns)
         self._freeze, self._reason = _told(turns[-1] if turns else None)
@@ -161,16 +188,43 @@ class FreezeState:
             facts={"signals": [signal_facts(signal) for signal in decision.signals], **facts},
         )
 
-    def resume(self, *, by: str, reason: str) -> str:
-        """Record that a person lets the loop go on, then remove the latch. Gives the id of the freeze that ended."""
+    def resume(self, *, by: str, reason: str, consent: Consent | None = None, starts_later: bool = False) -> str:
+        """Record that a person lets the loop go on, then remove the latch. Gives the id of the freeze that ended.
+
+        With `starts_later` no loop is there to go on at once, and an approved resume holds until a time. Raises
+        UsageError, and leaves everything as it is, where the guard policy asks for approvals that `consent` lacks.
+        """
         ended = self._freeze or ""
         body = {"freeze": ended, "by": by, "reason": reason, "disposition": "rollback"}
+        body |= self._consented(consent, starts_later=starts_later)
         self._log.append("resume.applied", body, actor={"kind": "person", "id": by})
         if self._follows is None:
             self._unlatch()
         self._freeze, self._reason = None, ""
         self.remember(cycle=None)
         return ended
+
+    def _consented(self, consent: Consent | None, *, starts_later: bool) -> dict[str, Any]:
+        """What the record says of approvals. Raises UsageError where they do not suffice."""
+        rule = book(self._dir).rule
+        if rule is None:
+            return {"approval": "none"}
+        if consent is None:
+            raise UsageError(f"{self._dir} resumes with the approvals of {rule.approvals}: see `loopguard approve`")
+        facts = consent.facts()
+        try:
+            count(rule, consent.statement, facts["approvals"], now=consent.judged)
+        except ValueError as error:
+            raise UsageError(f"{self._dir}: the approvals do not suffice: {error}") from error
+        before = later(consent.judged, rule.execute_within_s) if starts_later else None
+        return facts | {"execute_before": before}
+
+    def overdue(self) -> str:
+        """A sentence where this start comes after the time that an approved resume gave it; else the empty string."""
+        until = book(self._dir).overdue
+        return (
+            f"the resume was approved for a start before {until}, and nobody started the run until now" if until else ""
+        )
 
     def freeze_unwritable(self, reason: str) -> None:
         """Freeze although the log takes no records: spend its reserve on a last one, and latch."""
@@ -198,24 +252,53 @@ class FreezeState:
             return False
 
     def requests(self) -> Iterator[Request]:
-        """Take in what was asked from outside, oldest first; each request is handed out once, after it was recorded."""
+        """Take in what was asked from outside, oldest first; each request is handed out once, after it was recorded.
+
+        Where a resume takes approvals, what is handed out is the resume that enough people agreed to.
+        """
         for path in sorted((self._dir / "requests").glob("*.json")):
             request = _read_request(path)
             if request is None:
                 self._log.append("note.added", {"by": "loopguard", "text": f"{path.name} is not a request; set aside"})
             else:
-                body = {"request": request.id, "by": request.by, "reason": request.reason, "freeze": request.freeze}
-                self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
-                yield request
+                yield from self._take_in(request)
             _set_aside(path)
 
-    def take_requests(self) -> None:
-        """Settle every request where no loop is alive to do it."""
+    def _take_in(self, request: Request) -> Iterator[Request]:
+        approvals = self._approvals
+        assert approvals is not None  # requests are for the owner of a run
+        if approvals.settled(request.id):
+            return
+        body: dict[str, Any] = {"request": request.id, "by": request.by, "reason": request.reason}
+        body["freeze"] = request.freeze
+        if request.kind == "approval":
+            consent = approvals.take(request.id, signature=request.signature or "")
+            if consent is not None:
+                asked = consent.statement
+                yield Request(
+                    id=request.id,
+                    kind="resume",
+                    by=asked.requester,
+                    reason=asked.reason,
+                    freeze=asked.freeze,
+                    consent=consent,
+                )
+        elif request.kind == "resume" and approvals.needed:
+            approvals.ask(request.id, by=request.by, body=body | {"statement": request.statement})
+        else:
+            self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
+            approvals.drop()  # a freeze that somebody asks for ends what waits
+            yield request
+
+    def take_requests(self) -> str | None:
+        """Settle every request where no loop is alive to do it; gives the freeze that a resume among them ended."""
+        ended = None
         for request in self.requests():
             if request.kind == "freeze" and not self._freeze:
                 self._enter(gate="operator", rule="request", reason=f"{request.by} asked for it: {request.reason}")
             elif request.kind == "resume" and self.lifts(request):
-                self.resume(by=request.by, reason=request.reason)
+                ended = self.resume(by=request.by, reason=request.reason, consent=request.consent, starts_later=True)
+        return ended
 
     def lifts(self, request: Request) -> bool:
         """Whether a resume request is meant for the freeze in force."""
@@ -326,12 +409,28 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
         sync_directory(run_dir)
 
 
-def submit(run_dir: Path, kind: RequestKind, *, by: str, reason: str, freeze: str | None = None) -> Request:
-    """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this."""
+def submit(
+    run_dir: Path,
+    kind: RequestKind,
+    *,
+    by: str,
+    reason: str,
+    freeze: str | None = None,
+    statement: Statement | None = None,
+    signature: str | None = None,
+) -> Request:
+    """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
+
+    `statement` is what a resume asks people to sign, `signature` an approval.
+    """
     folder = run_dir / "requests"
     folder.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
-    body = {"kind": kind, "by": by, "reason": reason, "freeze": freeze}
+    body: dict[str, Any] = {"kind": kind, "by": by, "reason": reason, "freeze": freeze}
+    if statement is not None:
+        body["statement"] = statement.facts()
+    if signature is not None:
+        body["signature"] = signature
     partial = folder / f".{name}"
     partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
     descriptor = os.open(partial, os.O_RDONLY)
@@ -342,7 +441,21 @@ def submit(run_dir: Path, kind: RequestKind, *, by: str, reason: str, freeze: st
     (folder / f"{name}.json").hardlink_to(partial)
     partial.unlink()
     sync_directory(folder)
-    return Request(id=name, kind=kind, by=by, reason=reason, freeze=freeze)
+    return Request(
+        id=name,
+        kind=kind,
+        by=by,
+        reason=reason,
+        freeze=freeze,
+        statement=body.get("statement"),
+        signature=signature,
+    )
+
+
+def waiting(run_dir: Path, kind: RequestKind) -> list[Request]:
+    """The requests of a kind that nobody has taken in yet, oldest first."""
+    read_ones = [_read_request(path) for path in sorted((run_dir / "requests").glob("*.json"))]
+    return [request for request in read_ones if request is not None and request.kind == kind]
 
 
 def standing(run_dir: Path) -> Standing:
@@ -358,6 +471,8 @@ def standing(run_dir: Path) -> Standing:
     if freeze is None and (contradiction := _contradiction(run_dir)):
         freeze, reason = "unrecorded", contradiction
     tail = read.last(run_dir, CONTROLLER)
+    told = book(run_dir)
+    pending = told.pending if told.pending is not None and told.pending.fault is None else None
     return Standing(
         run=facts["id"],
         frozen=freeze is not None,
@@ -368,6 +483,10 @@ def standing(run_dir: Path) -> Standing:
         epoch=tail.epoch if tail else 0,
         cycle=_cache(run_dir).get("cycle"),
         owner_pid=read.owner(run_dir, CONTROLLER),
+        pending=pending.request if pending else None,
+        approved_by=tuple(pending.people) if pending else (),
+        approvals_needed=told.rule.approvals if told.rule else 0,
+        expires=pending.statement.expires if pending else None,
     )
 
 
@@ -426,13 +545,24 @@ def _read_latch(run_dir: Path) -> dict[str, str]:
 
 def _read_request(path: Path) -> Request | None:
     try:
+        if path.stat().st_size > _MAX_REQUEST_BYTES:
+            return None
         body = json.loads(path.read_bytes())
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
+        statement, signature = body.get("statement"), body.get("signature")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if kind not in {"freeze", "resume", "note"}:
+    if kind not in get_args(RequestKind):
         return None
-    return Request(id=path.stem, kind=kind, by=by, reason=reason, freeze=freeze)
+    return Request(
+        id=path.stem,
+        kind=kind,
+        by=by,
+        reason=reason,
+        freeze=freeze,
+        statement=statement,
+        signature=str(signature) if signature is not None else None,
+    )
 
 
 def _set_aside(path: Path) -> None:

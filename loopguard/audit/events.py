@@ -70,6 +70,8 @@ TYPES: dict[str, str] = {
     "freeze.foreseen": "a run that is only observed would have frozen here",
     "freeze.entered": "updates, admission and promotion stopped",
     "resume.requested": "a person asked for a resume",
+    "approval.given": "a person signed what a resume would do",
+    "approval.refused": "an approval, or a request to resume, did not count",
     "resume.applied": "a named person let the loop go on",
     "note.requested": "a person handed in a note",
     "note.added": "a person wrote something down",

@@ -225,6 +225,10 @@ class AuditLog:
         """Whether a write or a sync failed; only `append_last` writes from then on."""
         return self._trouble is not None
 
+    def now(self) -> datetime:
+        """The time of day by the clock of this log's records."""
+        return self._clock.now()
+
     def require(self) -> None:
         """Raise AuditWriteError where nothing can be recorded any more, so that nothing goes on without its record."""
         self._refuse_if_unusable()

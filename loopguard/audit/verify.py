@@ -28,13 +28,14 @@ from loopguard.audit.events import (
     is_digest,
     printable,
 )
+from loopguard.consent.book import Book
 from loopguard.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-OK, WARN, UNANCHORED, TAMPER, TRUNCATED, REPLACED, SPLICE, FORK, PROTOCOL, MISSING, UNREADABLE = (
-    0, 10, 20, 30, 31, 32, 33, 34, 40, 42, 50,
+OK, WARN, UNANCHORED, TAMPER, TRUNCATED, REPLACED, SPLICE, FORK, PROTOCOL, APPROVAL, MISSING, UNREADABLE = (
+    0, 10, 20, 30, 31, 32, 33, 34, 40, 41, 42, 50,
 )  # fmt: skip
 
 STATUS = {
@@ -47,6 +48,7 @@ STATUS = {
     SPLICE: "splice",
     FORK: "fork",
     PROTOCOL: "protocol",
+    APPROVAL: "approval",
     MISSING: "missing",
     UNREADABLE: "unreadable",
 }
@@ -70,7 +72,8 @@ SUMMARIES = {
     SPLICE: "records of another run or stream stand in this log",
     FORK: "two histories of this run stand in this log",
     PROTOCOL: "the chain is whole, and it tells of something that nothing in it allows",
-    MISSING: "the log, or a file that it names, is not there",
+    APPROVAL: "the chain is whole, and a resume or a change of policy lacks the approvals that it needs",
+    MISSING: "the log, or a file or stream that it names, is not there",
     UNREADABLE: "the log cannot be read",
 }
 
@@ -335,6 +338,7 @@ class _Audit:
         self.segments = 0
         self.chain = Chain(stream, twins(run_dir, stream))
         self.grammar = Grammar()
+        self.book = Book()
         self.policies: set[str] = set()
         self.clock: Entry | None = None
 
@@ -443,6 +447,9 @@ class _Audit:
             self.note(f"{place}: {len(self.grammar.calls)} allowed tool calls ended with their process")
         for trouble in self.grammar.feed(entry):
             self.find(PROTOCOL, f"{place}: record {entry.seq}: {trouble}")
+        for trouble in self.book.troubles(entry, owner=self.stream == read.CONTROLLER):
+            self.find(APPROVAL, f"{place}: record {entry.seq}: {trouble}")
+        self.book.feed(entry)
 
     def _clock(self, entry: Entry, place: str) -> None:
         before, self.clock = self.clock, entry

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.cli import audit, doctor, freeze, init, monitor, policy, replay, run, sandbox, serve
+from loopguard.cli import approve, audit, doctor, freeze, init, monitor, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ app.command("doctor")(doctor.doctor)
 app.command("status")(freeze.status)
 app.command("freeze")(freeze.freeze)
 app.command("resume")(freeze.resume)
+app.command("approve")(approve.approve)
 app.command("rollback")(replay.rollback)
 app.command("reproduce")(replay.reproduce)
 app.add_typer(policy.app, name="policy")

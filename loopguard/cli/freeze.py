@@ -6,10 +6,15 @@ import dataclasses
 import json
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from loopguard.consent.statement import PolicyChange
+    from loopguard.state import Standing
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/toolformer.")]
 By = Annotated[str, typer.Option("--by", metavar="NAME", help="Who decides. It goes into the audit log.")]
@@ -32,10 +37,9 @@ def status(
     if as_json:
         print(json.dumps(dataclasses.asdict(stands), sort_keys=True))
     else:
-        owner = f"process {stands.owner_pid}" if stands.owner_pid else "nobody"
         print(f"run       {stands.run}")
-        print(f"state     {'FROZEN' if stands.frozen else 'running' if stands.owner_pid else 'stopped'}")
-        print(f"owner     {owner}")
+        print(f"state     {_state(stands)}")
+        print(f"owner     {_owner(stands)}")
         if run_facts(run_dir).get("mode") == "observe":
             print("mode      observed: nothing is withheld")
         print(f"promoted  {'nothing yet' if stands.cycle is None else f'cycle {stands.cycle}'}")
@@ -44,7 +48,11 @@ def status(
             print(f"since     {stands.since or 'unknown'}")
             print(f"reason    {stands.reason}")
             print(f"why       loopguard audit why {run_dir} {stands.freeze}")
-            print(f"go on     loopguard resume {run_dir} --by NAME --reason TEXT")
+            if stands.pending:
+                print(f"asked     until {stands.expires}, {_approved(stands)}")
+                print(f"go on     loopguard approve {run_dir}")
+            else:
+                print(f"go on     loopguard resume {run_dir} --by NAME --reason TEXT")
     raise typer.Exit(4 if stands.frozen else 0)
 
 
@@ -66,7 +74,7 @@ def freeze(
     if run_facts(run_dir).get("mode") == "observe":
         raise UsageError(f"{run_dir} is only observed: nothing in it can be frozen. End its process to stop it")
     need_words(by, reason)
-    if (stands := standing(run_dir)).frozen and stands.acknowledged:
+    if (stands := standing(run_dir)).frozen and stands.acknowledged and stands.pending is None:
         print(f"{run_dir} is frozen already ({stands.freeze}): {stands.reason}")
         return
     submit(run_dir, "freeze", by=by, reason=reason)
@@ -74,13 +82,14 @@ def freeze(
     deadline = time.monotonic() + wait_s
     while True:
         if standing(run_dir).owner_pid is None:
-            _ingest(run_dir)
-        if (stands := standing(run_dir)).acknowledged and stands.frozen:
+            ingest(run_dir)
+        stands = standing(run_dir)
+        if stands.acknowledged and stands.frozen and stands.pending is None:
             print(f"{run_dir} is frozen ({stands.freeze}): {stands.reason}")
             return
         if time.monotonic() > deadline:
             print(
-                f"{run_dir} is latched, not yet acknowledged: process {stands.owner_pid} has not come to a gate yet. "
+                f"{run_dir} is latched, not yet acknowledged: {_owner(stands)} has not come to a gate yet. "
                 f"It cannot update, admit or promote when it does.",
                 file=sys.stderr,
             )
@@ -92,36 +101,143 @@ def resume(
     run_dir: RunDir,
     by: By,
     reason: Reason,
+    adopt_policy: Annotated[
+        Path | None, typer.Option("--adopt-policy", metavar="FILE", help="Go on under this guard policy instead.")
+    ] = None,
     wait_s: Annotated[float, typer.Option("--wait", metavar="SECONDS", help="How long to wait for the loop.")] = 10.0,
 ) -> None:
     """Let weight updates go on after a freeze. The decision is written to the audit log under your name.
 
-    The frozen cycle is rolled back: the run goes on from its last promoted state.
+    The frozen cycle is rolled back: the run goes on from its last promoted state. Where the guard policy asks for
+    approvals, this asks for them: what people have to sign is printed, and `loopguard approve` signs it.
 
     loopguard resume runs/toolformer --by dana --reason "bad shard 17 removed"
 
-    Exit codes: 0 resumed, 1 was not frozen or not yet acknowledged, 2 bad usage, 6 the audit log does not verify.
+    Exit codes: 0 resumed, 1 was not frozen, not yet acknowledged, or refused, 2 bad usage, 3 policy, 4 frozen: it waits
+    for approvals, 6 the audit log does not verify.
     """
-    from loopguard.state import standing, submit
+    from loopguard.errors import UsageError
+    from loopguard.state import standing
 
     need_words(by, reason)
     stands = standing(run_dir)
     if not stands.frozen:
         print(f"{run_dir} is not frozen", file=sys.stderr)
         raise typer.Exit(1)
-    if stands.owner_pid is None:
-        ended = _ingest(run_dir, resume=(by, reason))
-        print(f"{run_dir} may go on: {ended or stands.freeze} ended by {by}. Run the same command again.")
+    if stands.approvals_needed:
+        _ask(run_dir, by=by, reason=reason, adopt_policy=adopt_policy, wait_s=wait_s)
         return
-    submit(run_dir, "resume", by=by, reason=reason, freeze=stands.freeze)
+    if adopt_policy is not None:
+        raise UsageError(
+            f"{run_dir} resumes without approvals: leave --adopt-policy out, and start the run under {adopt_policy}"
+        )
+    _go_on(run_dir, by=by, reason=reason, wait_s=wait_s)
+
+
+def _go_on(run_dir: Path, *, by: str, reason: str, wait_s: float) -> None:
+    """One name and a reason are enough."""
+    from loopguard.state import standing, submit
+
     deadline = time.monotonic() + wait_s
-    while time.monotonic() < deadline:
-        if not standing(run_dir).frozen:
-            print(f"{run_dir} goes on: {stands.freeze} ended by {by}")
+    freeze = _numbered(run_dir, until=deadline).freeze
+    submit(run_dir, "resume", by=by, reason=reason, freeze=freeze)
+    while True:
+        ended = ingest(run_dir) if standing(run_dir).owner_pid is None else None
+        if not (stands := standing(run_dir)).frozen:
+            if ended is not None:
+                print(f"{run_dir} may go on: {ended} ended by {by}. Run the same command again.")
+            else:
+                print(f"{run_dir} goes on: {freeze} ended by {by}")
             return
+        if time.monotonic() >= deadline:
+            print(f"{run_dir}: the request is there, {_owner(stands)} has not taken it up yet", file=sys.stderr)
+            raise typer.Exit(1)
         time.sleep(0.1)
-    print(f"{run_dir}: the request is there, process {stands.owner_pid} has not taken it up yet", file=sys.stderr)
-    raise typer.Exit(1)
+
+
+def _numbered(run_dir: Path, *, until: float) -> Standing:
+    """The freeze in force, once it is recorded: a latch alone has no number that a resume could be meant for."""
+    from loopguard.state import standing
+
+    while not (stands := standing(run_dir)).acknowledged:
+        if stands.owner_pid is None:
+            ingest(run_dir)
+        elif time.monotonic() >= until:
+            print(
+                f"{run_dir} is latched, not yet acknowledged: {_owner(stands)} has not come to a gate", file=sys.stderr
+            )
+            raise typer.Exit(1)
+        else:
+            time.sleep(0.1)
+    return stands
+
+
+def _ask(run_dir: Path, *, by: str, reason: str, adopt_policy: Path | None, wait_s: float) -> None:
+    """Several people have to agree: leave the request, and print what they sign."""
+    from loopguard.approvals import ask
+    from loopguard.state import standing, submit
+
+    _numbered(run_dir, until=time.monotonic() + wait_s)
+    next_policy, change = _other_policy(run_dir, adopt_policy)
+    statement = ask(run_dir, by=by, reason=reason, now=datetime.now(UTC), next_policy=next_policy, change=change)
+    request = submit(run_dir, "resume", by=by, reason=reason, freeze=statement.freeze, statement=statement)
+    if not settle(run_dir, request.id, wait_s=wait_s):
+        print(f"{run_dir}: {_owner(standing(run_dir))} takes the request up at its next gate", file=sys.stderr)
+    elif (why := refusal(run_dir, request.id)) is not None:
+        print(f"{run_dir} stays frozen: {why}", file=sys.stderr)
+        raise typer.Exit(1)
+    # Exactly what is signed, so that it can be kept in a file and signed elsewhere.
+    print(statement.signed_bytes().decode("ascii"), end="")
+    needed = standing(run_dir).approvals_needed
+    people = f"{needed} people have" if needed > 1 else "one person has"
+    print(
+        f"{run_dir} stays frozen ({statement.freeze}): {people} to approve until {statement.expires}", file=sys.stderr
+    )
+    print(f"approve   loopguard approve {run_dir} --key ~/.ssh/id_ed25519", file=sys.stderr)
+    raise typer.Exit(4)
+
+
+def _other_policy(run_dir: Path, file: Path | None) -> tuple[str | None, PolicyChange]:
+    """The digest of another guard policy, and whether it is looser than the one in force."""
+    from loopguard.errors import UsageError
+    from loopguard.policy.diff import compare
+    from loopguard.policy.load import load
+    from loopguard.state import run_facts
+
+    if file is None:
+        return None, "none"
+    digest = run_facts(run_dir)["policy"]
+    now, new = load(run_dir / "policy" / f"{digest}.yaml"), load(file)
+    if new.digest == digest:
+        raise UsageError(f"--adopt-policy {file} is the guard policy that {run_dir} has already")
+    return new.digest, "loosened" if compare(now.policy, new.policy) == "loosened" else "tightened"
+
+
+def settle(run_dir: Path, request: str, *, wait_s: float) -> bool:
+    """Wait until somebody has taken a request or an approval in, or do so where nobody owns the run."""
+    from loopguard.approvals import book
+    from loopguard.state import standing
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        if standing(run_dir).owner_pid is None:
+            ingest(run_dir)
+        if request in book(run_dir).settled:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.1)
+
+
+def refusal(run_dir: Path, about: str) -> str | None:
+    """The sentence by which a request or an approval was refused; None where it was not."""
+    from loopguard.audit import read
+
+    for entry in read.entries(run_dir, types=("approval.refused",)):
+        body = entry.body
+        if about == (body.get("approval") or body.get("request")):
+            return f"{body.get('reason')} ({body.get('code')})"
+    return None
 
 
 def need_words(by: str, reason: str) -> None:
@@ -133,8 +249,11 @@ def need_words(by: str, reason: str) -> None:
             raise UsageError(f"{option} is empty: the audit log needs to know {'who' if option == '--by' else 'why'}")
 
 
-def _ingest(run_dir: Path, *, resume: tuple[str, str] | None = None) -> str | None:
-    """Nobody owns the run: take its lock for a moment, record what was asked, and let go."""
+def ingest(run_dir: Path) -> str | None:
+    """Nobody owns the run: take its lock for a moment, record what was asked, and let go.
+
+    Gives the freeze that ended. A process that owns the run by now takes the requests in itself.
+    """
     from loopguard.audit.log import AuditLog
     from loopguard.errors import RunBusyError
     from loopguard.state import CONTROLLER, FreezeState, run_facts
@@ -143,10 +262,40 @@ def _ingest(run_dir: Path, *, resume: tuple[str, str] | None = None) -> str | No
     try:
         log = AuditLog.open(run_dir, stream=CONTROLLER, run_id=facts["id"], policy=facts["policy"])
     except RunBusyError:
-        return None  # An owner has just started; it takes the request up itself.
+        return None
     try:
-        state = FreezeState(run_dir, log)
-        state.take_requests()
-        return state.resume(by=resume[0], reason=resume[1]) if resume and state.frozen else None
+        return FreezeState(run_dir, log, policy=_policy_found(run_dir, facts["policy"])).take_requests()
     finally:
         log.close()
+
+
+def _policy_found(run_dir: Path, digest: str) -> str:
+    """What the policy of the run directory comes to, which somebody may have edited; approvals are for one digest."""
+    from loopguard.approvals import book
+    from loopguard.errors import PolicyError
+
+    if book(run_dir).rule is None:
+        return digest  # nobody signs anything, and reading a policy takes half a second
+    from loopguard.policy.load import load
+
+    try:
+        return load(run_dir / "policy" / f"{digest}.yaml").digest
+    except (PolicyError, OSError):
+        return ""  # no policy that anybody could have signed
+
+
+def _state(stands: Standing) -> str:
+    if stands.frozen:
+        return f"FROZEN, a resume waits for {_approved(stands)}" if stands.pending else "FROZEN"
+    return "stopped" if stands.owner_pid is None else "running"
+
+
+def _owner(stands: Standing) -> str:
+    if stands.owner_pid is None:
+        return "nobody"
+    return f"process {stands.owner_pid}" if stands.owner_pid else "a process that is just starting"
+
+
+def _approved(stands: Standing) -> str:
+    people = f" ({', '.join(stands.approved_by)})" if stands.approved_by else ""
+    return f"{len(stands.approved_by)} of {stands.approvals_needed} approvals{people}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from loopguard import __version__
+from loopguard.approvals import book
+from loopguard.consent.sshsig import stamp
 from loopguard.errors import PolicyMismatchError, UsageError
 from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
@@ -101,12 +104,45 @@ def check(
                 )
             ]
         )
-    change = compare(load(run_dir / "policy" / f"{old}.yaml").policy, loaded.policy)
+    before = load(run_dir / "policy" / f"{old}.yaml")
+    if before.digest != old:
+        raise PolicyMismatchError(
+            [f"{before.path} is {before.digest[:12]} by what it says: somebody edited the guard policy of {run_dir}"]
+        )
+    change = compare(before.policy, loaded.policy)
+    if change == "loosened" and before.policy.resume is not None:
+        return {"from": old, "to": loaded.digest, "change": change, "by": by, "reason": reason} | _approved(
+            run_dir, before, loaded
+        )
     if change == "loosened" and not (by and reason):
         raise PolicyMismatchError(
             [f"{loaded.path} is not provably tighter than the policy of {run_dir}: say --by NAME --reason TEXT"]
         )
     return {"from": old, "to": loaded.digest, "change": change, "by": by, "reason": reason}
+
+
+def _approved(run_dir: Path, before: LoadedPolicy, loaded: LoadedPolicy) -> dict[str, str]:
+    """The resume by which people agreed to a loosened policy. Raises PolicyMismatchError where there is none."""
+    told = book(run_dir)
+    record = told.may_adopt(before.digest, loaded.digest, now=max(stamp(datetime.now(UTC)), told.latest))
+    if record is None or told.freeze is not None:
+        raise PolicyMismatchError(
+            [
+                (
+                    f"{loaded.path} is not provably tighter than the policy of {run_dir}, which asks for approvals: "
+                    f"freeze the run, ask with `loopguard resume {run_dir} --adopt-policy {loaded.path}`, have that "
+                    f"approved, and start the run in time"
+                )
+            ]
+        )
+    return {"approved": record}
+
+
+def loaded_facts(loaded: LoadedPolicy) -> dict[str, Any]:
+    """What `policy.loaded` holds: from it alone a reader of the log knows whose approvals a resume takes."""
+    resume = loaded.policy.resume
+    facts: dict[str, Any] = {"name": loaded.policy.name, "digest": loaded.digest}
+    return facts | ({"resume": resume.to_rule().facts()} if resume is not None else {})
 
 
 def lay_out(

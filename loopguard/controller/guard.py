@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
     from types import TracebackType
 
+    from loopguard.approvals import Consent
     from loopguard.audit.events import Entry
     from loopguard.controller.observe import Observer
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
@@ -103,8 +104,8 @@ class LoopGuard:
         self._ledger = Ledger(log, lease=self.policy.updates.lease, last=last)
         self._awaited: dict[str, float] = {}
         """The readings of an update that the device has not told yet."""
-        self._resumed: tuple[str, str] | None = None
-        """Who let the run go on, until the other ranks know."""
+        self._resumed: tuple[str, str, Consent | None] | None = None
+        """Who let the run go on, and who approved that, until the other ranks know."""
         self._resumes = 0
         """How often the run was let go on; a cycle of before acts no more."""
         self._cycle: Cycle | None = None
@@ -169,7 +170,7 @@ class LoopGuard:
             if adopted:
                 log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
                 directories.set_policy(directory, loaded.digest)
-            log.append("policy.loaded", {"name": loaded.policy.name, "digest": loaded.digest})
+            log.append("policy.loaded", directories.loaded_facts(loaded))
             log.append(
                 "run.started",
                 {"command": list(command), "seed": seed, "versions": directories.versions(), "goes_on": goes_on}
@@ -178,6 +179,7 @@ class LoopGuard:
             guard = cls(loaded, directory, run_id=run_id, log=log, cells=cells, here=here)
             if here.leads:
                 guard._settle()
+                guard._refuse_overdue()
         except BaseException:
             cells.close()
             log.close()
@@ -468,7 +470,7 @@ class LoopGuard:
                 return
             for request in self._state.requests():
                 if request.kind == "resume" and self._state.lifts(request):
-                    self._resume(by=request.by, reason=request.reason)
+                    self._resume(by=request.by, reason=request.reason, consent=request.consent)
                 elif request.kind == "freeze" and not self._state.freeze_id:
                     why = f"{request.by} asked for it: {request.reason}"
                     self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
@@ -566,9 +568,9 @@ class LoopGuard:
                 consensus.lost = str(error)
                 raise LoopFrozen(self._state.freeze_id, f"{self._state.reason} (and {error})") from error
             if first is not None:
-                by, reason = first
+                by, reason, consent = first
                 if not consensus.place.leads:
-                    self._resume(by=by, reason=reason)
+                    self._resume(by=by, reason=reason, consent=consent)
                 self._resumed = None
                 return
 
@@ -630,13 +632,13 @@ class LoopGuard:
             case _:
                 raise LoopFrozen(self._state.freeze_id, self._state.reason)
 
-    def _resume(self, *, by: str, reason: str) -> None:
+    def _resume(self, *, by: str, reason: str, consent: Consent | None = None) -> None:
         back = self._learner is not None and self._good.held
         if back:
             self._go_back(actor_too=True)  # first: a run that could not go back stays frozen
-        self._state.resume(by=by, reason=reason)
+        self._state.resume(by=by, reason=reason, consent=consent)
         self._resumes += 1
-        self._resumed = by, reason
+        self._resumed = by, reason, consent
         self._consensus.resumed()
         self._tools.forget()
         if back:
@@ -819,6 +821,12 @@ class LoopGuard:
             self._log.append("cycle.finished", {"result": "promoted" if done else "abandoned"}, cycle=trail.open_cycle)
             if not done:
                 self.found.append(f"cycle {trail.open_cycle} was not finished; it starts again from {self._where()}")
+
+    def _refuse_overdue(self) -> None:
+        """People approved that the run goes on now; what they knew may be long over."""
+        if (late := self._state.overdue()) and not self._state.frozen:
+            decision = Decision(result="freeze", gate="operator", rule="overdue", reason=late)
+            self._state.freeze(decision, cycle=None, facts={})
 
     def _where(self) -> str:
         cycle = self.promoted_cycle

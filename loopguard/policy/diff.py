@@ -106,6 +106,12 @@ _ORDER: dict[str, Order | Steps] = {
     "freeze.when_frozen": "neutral",
     "freeze.running_calls": (("kill",), ("drain",)),
     "freeze.capsule_mib": "neutral",
+    "resume.approvals": "larger",
+    # Each person with a key, as one word: whoever is left out can agree to nothing.
+    "resume.people": "fewer",
+    "resume.requester_may_approve": ((False,), (True,)),
+    "resume.within_s": "smaller",
+    "resume.execute_within_s": "smaller",
     "audit.reserve_mib": "larger",
 }
 
@@ -190,9 +196,19 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
             monitor["good"] = getattr(rule, "better", None)  # the direction that is meant where none was written
     said["updates"]["monitors"] = {f"{monitor['kind']} {monitor['metric']}": monitor for monitor in monitors}
     said["promotion"]["panel"] = {metric["metric"]: metric for metric in said["promotion"]["panel"]}
+    said["resume"] = _resume(said["resume"])
     # Not to skip at all is the tightest way of skipping.
     said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
     return said
+
+
+def _resume(resume: dict[str, Any] | None) -> dict[str, Any]:
+    """Who has to agree; without the section nobody has to, and anyone may let the run go on."""
+    if resume is None:
+        free: dict[str, Any] = {"approvals": 0, "people": None, "requester_may_approve": True}
+        return free | {"within_s": None, "execute_within_s": None}
+    people = [f"{person} {line}" for person, lines in resume["people"].items() for line in lines]
+    return resume | {"people": people}
 
 
 def _place(place: dict[str, Any]) -> str:
@@ -216,7 +232,7 @@ def _order(where: tuple[str, ...]) -> Order | Steps:
 
 def _direction(order: Order | Steps, old: Any, new: Any) -> Direction:
     """Which way a value went; whatever is not clearly tighter is looser."""
-    if order == "neutral" or (order in ("fewer", "more") and set(old) == set(new)):
+    if order == "neutral" or (order in ("fewer", "more") and None not in (old, new) and set(old) == set(new)):
         return "same"
     return "tightened" if _tighter(order, old, new) else "loosened"
 

@@ -50,7 +50,7 @@ _ABOUT_CELLS: tuple[Section, ...] = (
 
 NOT_YET: dict[Where, frozenset[str]] = {
     (): frozenset({"anchors", "approvals", "backtest", "budgets", "capabilities", "defaults", "extends", "override"})
-    | frozenset({"people", "policy", "probation", "resume", "service", "triage", "waivers"}),
+    | frozenset({"people", "policy", "probation", "service", "triage", "waivers"}),
     ("tools", "rules"): frozenset({"approval", "args", "calls_per_cycle", "match", "mode", "on_freeze", "until"}),
     ("sandbox",): frozenset({"floor"}),
     ("data",): frozenset({"max_self_generated", "near_duplicates", "quarantine", "release", "require"}),

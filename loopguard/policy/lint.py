@@ -37,6 +37,9 @@ def lints(policy: GuardPolicy) -> Iterator[Lint]:
     if "model" in policy.data.sources and policy.data.max_own_share == 1:
         yield ("data", "max_own_share"), "data.max_own_share is 1, so nothing caps what the model writes for itself"
     yield from _updates(policy.updates)
+    if policy.resume is not None and policy.resume.approvals == 1 and policy.resume.requester_may_approve:
+        message = "one person may ask for a resume and approve it, so nobody else has to look; ask for 2 approvals"
+        yield ("resume", "requester_may_approve"), message
     for i, metric in enumerate(policy.promotion.panel):
         yield from _metric(metric, ("promotion", "panel", i))
 

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from loopguard.consent.sshsig import read_key
+from loopguard.consent.statement import Rule
 from loopguard.policy import units
 from loopguard.policy.findings import PlacedProblemsError, Where, did_you_mean, shown
 from loopguard.policy.forbidden import runtime_fault
@@ -108,6 +110,17 @@ def secret_names() -> BeforeValidator:
     return BeforeValidator(read)
 
 
+def signer_key() -> BeforeValidator:
+    """A public SSH key that may approve, in the words of an `allowed_signers` file."""
+
+    def read(written: object) -> object:
+        if isinstance(written, str):
+            read_key(written)
+        return written
+
+    return BeforeValidator(read)
+
+
 def known_runtime() -> BeforeValidator:
     """One of the runtimes of which it is known what they hold."""
 
@@ -130,6 +143,10 @@ PolicyName = Annotated[
 ]
 ToolName = Annotated[str, name(r"[A-Za-z0-9][\w.:-]{0,63}", "the name of a tool", "'python'")]
 MetricName = Annotated[str, name(r"[A-Za-z0-9][\w./-]{0,63}", "the name of a metric", "'correct'")]
+PersonName = Annotated[
+    str, name(r"[A-Za-z0-9][\w.@+-]{0,63}", "the name of a person, as in --by", "'dana'"), Field(max_length=64)
+]
+SignerKey = Annotated[str, Field(max_length=4096), signer_key()]
 Module = Annotated[str, name(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", "the name of a Python module", "'numpy'")]
 Image = Annotated[
     str,
@@ -561,12 +578,50 @@ class Freeze(Section):
             yield ("skip_at_most",), "has no meaning with `on_trip: freeze`; take it out, or write `on_trip: skip`"
 
 
+class Resume(Section):
+    """Who has to agree before a frozen run goes on."""
+
+    approvals: Annotated[int, Field(ge=1, le=20)] = Field(description="how many people have to agree")
+    people: dict[PersonName, Annotated[tuple[SignerKey, ...], Field(max_length=20)]] = Field(
+        max_length=100, description="who may approve: a name, and that person's public SSH keys"
+    )
+    requester_may_approve: bool = False
+    within_s: Annotated[float, duration("1m", "720h")] = Field(default=86400.0, alias="within")
+    execute_within_s: Annotated[float, duration("1m", "720h")] = Field(default=3600.0, alias="execute_within")
+
+    def problems(self) -> Iterator[Problem]:
+        """Enough people are left whoever asks, each with a key, and no key speaks for two of them."""
+        left = len(self.people) - (not self.requester_may_approve)
+        if left < self.approvals:
+            asks = "" if self.requester_may_approve else ", of whom whoever asks may not approve"
+            need = self.approvals + (not self.requester_may_approve)
+            tail = f"names {len(self.people)}{asks}, and {self.approvals} have to agree; name at least {need}"
+            yield ("people",), tail
+        owners: dict[str, str] = {}
+        for person, lines in self.people.items():
+            if not lines:
+                yield ("people", person), "has no key; add the line of a .pub file, or take the name out"
+            for i, line in enumerate(lines):
+                key = read_key(line).fingerprint
+                if key in owners:
+                    yield ("people", person, i), f"is a key of {owners[key]} already; a key speaks for one person, once"
+                owners.setdefault(key, person)
+
+    def to_rule(self) -> Rule:
+        """The same as those who count approvals take it."""
+        return Rule(
+            approvals=self.approvals,
+            people=self.people,
+            requester_may_approve=self.requester_may_approve,
+            within_s=self.within_s,
+            execute_within_s=self.execute_within_s,
+        )
+
+
 class Audit(Section):
     """The audit log."""
 
     reserve_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=4, alias="reserve")
-
-
 class GuardPolicy(Section):
     """Everything that a guard policy file says, with the defaults filled in."""
 
@@ -581,6 +636,7 @@ class GuardPolicy(Section):
     updates: Updates = Field(description="the update gate: which optimizer steps may move the weights")
     promotion: Promotion = Field(description="the promotion gate: which weights may become the actor")
     freeze: Freeze = Freeze()
+    resume: Resume | None = None
     audit: Audit = Audit()
 
     def problems(self) -> Iterator[Problem]:
