@@ -38,6 +38,8 @@ CONTROLLER = "controller"
 
 RequestKind = Literal["freeze", "resume", "approval", "note"]
 _TURNS = ("freeze.entered", "resume.applied")
+_ANCHOR = "anchor"
+"""In a latch, in place of a freeze: a required anchor failed."""
 _NEXT = ("resume (rolls back and goes on)", "read the report")
 _MAX_REQUEST_BYTES = 128 * 1024
 """A larger file in `requests/` was written by nobody who means well."""
@@ -407,6 +409,17 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
         write_synced(partial, json.dumps(body, sort_keys=True).encode() + b"\n")
         partial.rename(latch)
         sync_directory(run_dir)
+
+
+def anchor_lost(run_dir: Path, reason: str) -> None:
+    """Freeze a run whose audit log could not be kept where its guard policy requires. Raises DiskError."""
+    set_latch(run_dir, freeze=_ANCHOR, reason=reason)
+
+
+def latch_reason(run_dir: Path) -> str:
+    """Why the latch is set, for a freeze that takes it up: what this process left there, or that it was set outside."""
+    latch = _read_latch(run_dir)
+    return latch["reason"] if latch["freeze"] == _ANCHOR else "the latch was set from outside"
 
 
 def submit(

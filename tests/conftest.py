@@ -16,6 +16,9 @@ import pytest
 
 _IMAGE = "loopguard/python:1"
 
+# The log key of whoever runs the tests signs none of their logs.
+os.environ["LOOPGUARD_LOG_KEY"] = ""
+
 
 @functools.cache
 def missing_docker() -> str:

@@ -34,6 +34,9 @@ LINE_START = b'{"actor":{'
 TYPES: dict[str, str] = {
     "log.opened": "a process took the log",
     "log.recovered": "a last line that a crash had cut was set aside",
+    "streams.committed": "where the other streams of the run stood, before a checkpoint of this one",
+    "anchor.kept": "a checkpoint of the log was kept elsewhere",
+    "anchor.failed": "a checkpoint of the log could not be kept elsewhere",
     "run.started": "the loop began, or went on",
     "run.finished": "all cycles are done",
     "run.interrupted": "a person stopped the process; the run can go on",
@@ -79,6 +82,9 @@ TYPES: dict[str, str] = {
     "sandbox.removed": "a cell was taken away",
     "sandbox.reaped": "cells of a dead owner were taken away",
 }
+
+ABOUT_ANCHORS = frozenset({"anchor.kept", "anchor.failed"})
+"""Records that follow a checkpoint and only say where it was kept: nobody gains by cutting them off."""
 
 _HASH_PREFIX = b"loopguard-record-v1\n"
 _HASH_MEMBER = b',"hash":"'

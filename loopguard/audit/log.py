@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import loopguard
-from loopguard.audit import read, verify
+from loopguard.audit import anchors as places
+from loopguard.audit import keys, notes, read, verify
 from loopguard.audit.events import (
+    ABOUT_ANCHORS,
     FORMAT,
     GENESIS,
     MAX_BODY_KIB,
@@ -46,11 +48,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
     from types import TracebackType
 
+    from loopguard.audit.tree import Tree
+
 SEGMENT_BYTES = 64 * 1024 * 1024
 RESERVE = "reserve.bin"
+CHECKPOINT_EVERY = 1000
+"""Records between two checkpoints, where nothing else asks for one."""
 
 _LOCK_TRIES = 10
 _LOCK_PAUSE_S = 0.03
+_AT_ONCE = frozenset({"freeze.entered", "run.finished"})
+"""Records that are summed up in a checkpoint right away."""
+_SUMMING = ABOUT_ANCHORS | {"streams.committed"}
+"""Records that belong to a checkpoint, and that alone are no reason for another one."""
 _LOOP_ACTOR = {"kind": "loop", "id": f"loopguard/{loopguard.__version__}"}
 
 
@@ -96,6 +106,7 @@ class _Durable:
 
     head: Head
     size: int
+    tree: Tree | None
 
 
 class AuditLog:
@@ -125,13 +136,23 @@ class AuditLog:
         reserve_mib: int = 4,
         verify: bool = True,
         segment_bytes: int = SEGMENT_BYTES,
+        checkpoint_every: int = CHECKPOINT_EVERY,
+        anchors: Sequence[places.Anchor] = (),
+        on_lost_anchor: Callable[[str], None] | None = None,
     ) -> AuditLog:
         """Take the lock, check what is there, set a cut last line aside, and record `log.opened`.
 
         Raises RunBusyError where another process has the log, AuditTamperedError where it does not verify (with
         `verify=False` it goes on behind the last whole record, so that a freeze can still be written), AuditWriteError
-        where the disk does not take it. `mirror` sees each record after it was written; it must not raise.
+        where the disk does not take it, UsageError for a log key that cannot be used and for an anchor in the run
+        directory. `mirror` sees each record after it was written; it must not raise.
+
+        A checkpoint is written every so many records, at a freeze, at the end of the run and when the log is closed,
+        signed with the log key of this user where there is one, and kept at each of the `anchors`. Where a required one
+        fails, `on_lost_anchor` gets the reason and has to stop the run; without it the log takes no more records.
         """
+        places.refuse_inside(run_dir, anchors)
+        key = keys.log_key(run_dir)
         with _disk(f"open the audit log of {run_dir}"):
             folder = _make_folder(read.stream_dir(run_dir, stream))
             lock = _take_lock(folder / "lock", run_dir, clock)
@@ -147,6 +168,10 @@ class AuditLog:
                 reserve_mib=reserve_mib,
                 strict=verify,
                 segment_bytes=segment_bytes,
+                key=key,
+                checkpoint_every=checkpoint_every,
+                anchors=anchors,
+                on_lost_anchor=on_lost_anchor,
             )
         except BaseException:
             os.close(lock)
@@ -165,11 +190,16 @@ class AuditLog:
         reserve_mib: int,
         strict: bool,
         segment_bytes: int,
+        key: keys.SigningKey | None,
+        checkpoint_every: int,
+        anchors: Sequence[places.Anchor],
+        on_lost_anchor: Callable[[str], None] | None,
     ) -> None:
         self.log = log
         self.policy = policy
         """Digest of the guard policy in force; stands in every record."""
         self._folder = folder
+        self._run_dir = run_dir
         self._clock = clock
         self._mirror = mirror
         self._segment_bytes = segment_bytes
@@ -179,21 +209,33 @@ class AuditLog:
         self._sync_lock = threading.Lock()
         self._trouble: str | None = None
         self._last_used = False
-        self._pending: tuple[Head, int] | None = None
+        self._pending: tuple[Head, int, Tree | None] | None = None
+        self._key = key
+        self._every = checkpoint_every
+        self._anchors = tuple(anchors)
+        self._on_lost_anchor = on_lost_anchor
+        self._checkpoint_lock = threading.Lock()
         with _disk(f"read the audit log of {run_dir}"):
             found = _scan(run_dir, folder.name, log, strict=strict)
         self._head = found.head
+        self._tree = found.tree
+        """None behind a break in the chain: no checkpoint could stand for what is there."""
         self._epoch = found.epoch
+        self._summed = found.summed
+        """How many records the last checkpoint stands for."""
+        self._told = 0
+        """The last record that is not about a checkpoint."""
         with _disk(f"write the audit log of {run_dir}"):
             _set_aside(folder, found)
             _make_reserve(folder / RESERVE, reserve_mib)
             self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
-        self._durable = _Durable(self._head, self._segment.size)
+        self._durable = _Durable(self._head, self._segment.size, self._tree)
         try:
             for name, data in _unrecorded(folder, found.recovered):
                 body = {"torn_bytes": len(data), "digest": hashlib.sha256(data).hexdigest(), "file": name}
                 self.append("log.recovered", body)
-            self.append("log.opened", {"pid": os.getpid(), "versions": _versions()})
+            opened = {"pid": os.getpid(), "versions": _versions()}
+            self.append("log.opened", opened | ({"key": str(key.public)} if key else {}))
         except BaseException:
             os.close(self._segment.fd)
             raise
@@ -248,18 +290,17 @@ class AuditLog:
         `cause` names the ids of records that led to this one. Raises AuditError for a record that cannot be one
         (unknown type, not JSON, too large) and AuditWriteError where it could not be made durable.
         """
-        fields = _fields(type, body, cycle=cycle, cause=cause, actor=actor)
-        self._refuse_if_unusable()
-        if self._segment.size >= self._segment_bytes:
-            self._rotate()
-        with self._write_lock:
-            self._refuse_if_unusable()
-            entry = self._write(fields)
-        if sync:
-            self._sync_up_to(entry.seq)
-        if self._mirror is not None:
-            self._mirror(entry)
+        entry = self._put(_fields(type, body, cycle=cycle, cause=cause, actor=actor), sync=sync)
+        if entry.type in _AT_ONCE or entry.seq - self._summed >= self._every:
+            # The record is there and allows what it allows. A checkpoint that fails stops whatever comes next.
+            with contextlib.suppress(AuditWriteError):
+                self._sum_up(wait=entry.type in _AT_ONCE)
         return entry
+
+    def checkpoint(self) -> None:
+        """Write a checkpoint over everything appended so far, and keep it at the anchors. Raises AuditWriteError."""
+        self._refuse_if_unusable()
+        self._sum_up(wait=True)
 
     def append_last(
         self,
@@ -303,6 +344,8 @@ class AuditLog:
         try:
             if not self.degraded:
                 self.sync()
+                if self._told > self._summed:
+                    self._sum_up(wait=True)
         finally:
             self._drop("the log is closed")
 
@@ -314,23 +357,98 @@ class AuditLog:
     ) -> None:
         self.close()
 
+    def _put(self, fields: Mapping[str, Any], *, sync: bool) -> Entry:
+        self._refuse_if_unusable()
+        if self._segment.size >= self._segment_bytes:
+            self._rotate()
+        with self._write_lock:
+            self._refuse_if_unusable()
+            entry = self._write(fields)
+        if sync:
+            self._sync_up_to(entry.seq)
+        if self._mirror is not None:
+            self._mirror(entry)
+        return entry
+
+    # -- checkpoints -----------------------------------------------------------------------------------------------
+
+    def _sum_up(self, *, wait: bool) -> None:
+        """Write a checkpoint. Without `wait`, nothing where another thread is at it."""
+        if self._tree is None or not self._checkpoint_lock.acquire(blocking=wait):
+            return
+        try:
+            self._commit_to_others()
+            self._sync_up_to(self._head.seq)
+            tree = self._durable.tree
+            if tree is None:
+                return
+            summed = notes.Checkpoint(self.log, tree.size, tree.root())
+            note = summed.note(self._key)
+            try:
+                notes.store(self._folder, note, size=summed.size)
+            except OSError as error:
+                raise self._failed("write a checkpoint of", error) from error
+            self._summed = summed.size
+            self._keep(note, size=summed.size)
+        finally:
+            self._checkpoint_lock.release()
+
+    def _commit_to_others(self) -> None:
+        """Record where the other streams stand, so that whoever trusts this one knows what those must hold."""
+        if self._folder.name != read.CONTROLLER:
+            return
+        heads: dict[str, dict[str, Any]] = {}
+        unreadable = []
+        for stream in read.streams(self._run_dir):
+            if stream != self._folder.name:
+                try:
+                    heads |= _durable_head(self._run_dir, stream)
+                except (AuditError, OSError):
+                    unreadable.append(stream)  # `verify` says why; this stream goes on all the same
+        if heads or unreadable:
+            body = {"streams": heads} | ({"unreadable": unreadable} if unreadable else {})
+            self._put(_fields("streams.committed", body, cycle=None, cause=()), sync=False)
+
+    def _keep(self, note: str, *, size: int) -> None:
+        lost = []
+        for anchor in self._anchors:
+            body: dict[str, Any] = {"kind": anchor.kind, "place": anchor.place, "size": size}
+            try:
+                name, body["where"] = "anchor.kept", places.keep(anchor, note)
+            except places.NotKeptError as error:
+                name, body["reason"], body["required"] = "anchor.failed", str(error), anchor.required
+                if anchor.required:
+                    lost.append(f"the anchor {anchor}, which the guard policy requires, failed: {error}")
+            self._put(_fields(name, body, cycle=None, cause=()), sync=False)
+        if self._anchors:
+            self._sync_up_to(self._head.seq)
+        if lost and self._on_lost_anchor is not None:
+            self._on_lost_anchor("; ".join(lost))
+        elif lost:
+            self._trouble = "; ".join(lost)
+
     # -- writing; the write lock is held ---------------------------------------------------------------------------
 
     def _write(self, fields: Mapping[str, Any]) -> Entry:
         self._settle()
         line, entry = self._line(fields)
         # Noted before the write: a Ctrl-C between it and the lines below must not make two records of one number.
-        self._pending = (Head(entry.seq, entry.hash), self._segment.size + len(line))
+        self._pending = (Head(entry.seq, entry.hash), self._segment.size + len(line), self._grown(entry))
         try:
             _write_all(self._segment.fd, line)
         except OSError as error:
             raise self._failed("write", error) from error
         self._take_pending()
+        if entry.type not in _SUMMING:
+            self._told = entry.seq
         return entry
+
+    def _grown(self, entry: Entry) -> Tree | None:
+        return None if self._tree is None else self._tree.grown(bytes.fromhex(entry.hash))
 
     def _take_pending(self) -> None:
         assert self._pending is not None
-        self._head, self._segment.size = self._pending
+        self._head, self._segment.size, self._tree = self._pending
         self._pending = None
 
     def _settle(self) -> None:
@@ -385,7 +503,7 @@ class AuditLog:
                 raise self._failed("rotate", error) from error
             # In this order, so that a fork at any moment finds descriptors that are ours.
             self._segment = fresh
-            self._durable = _Durable(self._head, fresh.size)
+            self._durable = _Durable(self._head, fresh.size, self._tree)
             os.close(old.fd)
 
     def _sync_up_to(self, seq: int) -> None:
@@ -395,7 +513,7 @@ class AuditLog:
                 return
             self._refuse_if_unusable()
             with self._write_lock:
-                target = _Durable(self._head, self._segment.size)
+                target = _Durable(self._head, self._segment.size, self._tree)
             try:
                 _flush(self._segment.fd)
             except OSError as error:
@@ -414,8 +532,8 @@ class AuditLog:
         self._segment = fresh
         _write_all(fresh.fd, line)
         _flush(fresh.fd)
-        self._head = Head(entry.seq, entry.hash)
-        self._durable = _Durable(self._head, len(line))
+        self._head, self._tree = Head(entry.seq, entry.hash), self._grown(entry)
+        self._durable = _Durable(self._head, len(line), self._tree)
         return entry
 
     def _cut_back(self) -> None:
@@ -438,7 +556,7 @@ class AuditLog:
         else:
             # A descriptor of its own: the one that failed is not asked again.
             _cut(path, size)
-        self._head, self._pending = self._durable.head, None
+        self._head, self._tree, self._pending = self._durable.head, self._durable.tree, None
 
     def _drop(self, why: str) -> None:
         self._trouble = why
@@ -474,6 +592,9 @@ class _Found:
     """What a scan of the segments found."""
 
     head: Head
+    tree: Tree | None = None
+    summed: int = 0
+    """How many records the last checkpoint beside the log stands for."""
     epoch: int = 0
     path: Path | None = None
     """The segment to go on with; None where there is none yet."""
@@ -488,6 +609,7 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
     found = _Found(Head(0, GENESIS))
     recovered: set[str] = set()
     paths = read.segments(run_dir, stream)
+    summed = dict(notes.stored(read.stream_dir(run_dir, stream)))
     for path in paths:
         found.path = path
         for line in read.raw_lines(path):
@@ -498,12 +620,29 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
             if strict:
                 _refuse(line, finding, chain.head.seq)
             if entry:
+                if strict and entry.seq in summed:
+                    _refuse_other_checkpoint(summed[entry.seq], chain)
                 found.epoch = max(found.epoch, entry.epoch)
                 if entry.type == "log.recovered":
                     recovered.add(str(entry.body.get("file")))
-    found.head = chain.head
+    found.head, found.tree = chain.head, chain.tree
     found.recovered = frozenset(recovered)
+    found.summed = max((size for size in summed if size <= chain.head.seq), default=0)
+    if strict and summed and max(summed) > chain.head.seq:
+        tail = f"the log ends at record {chain.head.seq}: the tail was cut. `loopguard audit verify` says more"
+        raise AuditTamperedError(f"{summed[max(summed)]} was written when there were {max(summed)} records; {tail}")
     return found
+
+
+def _refuse_other_checkpoint(path: Path, chain: verify.Chain) -> None:
+    """Raise AuditTamperedError where a checkpoint beside the log stands for other records than are there."""
+    try:
+        found = notes.Note.parse(notes.read(path)).checkpoint
+    except notes.BadNoteError as error:
+        raise AuditTamperedError(f"{path} {error}. `loopguard audit verify` says more") from error
+    if chain.tree is None or found != notes.Checkpoint(str(chain.log), chain.tree.size, chain.tree.root()):
+        tail = "they were changed and hashed anew, or it was. `loopguard audit verify` says more"
+        raise AuditTamperedError(f"{path} does not stand for the records before {chain.head.seq + 1}: {tail}")
 
 
 def _refuse(line: read.Line, finding: verify.Finding | None, last: int) -> None:
@@ -511,6 +650,22 @@ def _refuse(line: read.Line, finding: verify.Finding | None, last: int) -> None:
         return
     text = finding.text if finding else f"{line.place}: the record does not end its line"
     raise AuditTamperedError(f"{text}. What stands before it verifies; `loopguard audit verify` says more")
+
+
+def _durable_head(run_dir: Path, stream: str) -> dict[str, dict[str, Any]]:
+    """The last record of a stream that another process writes, as a commitment. Raises AuditError, OSError."""
+    last = read.last(run_dir, stream)
+    if last is None:
+        return {}
+    # Read first, then sync: a commitment must not name a record that a power cut could take back. The last record may
+    # stand in the segment before an empty one.
+    for path in read.segments(run_dir, stream)[-2:]:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            _flush(fd)
+        finally:
+            os.close(fd)
+    return {stream: {"seq": last.seq, "hash": last.hash}}
 
 
 def _set_aside(folder: Path, found: _Found) -> None:

@@ -51,6 +51,14 @@ def stream_dir(run_dir: Path, stream: str = CONTROLLER) -> Path:
     return Path(run_dir) / "audit" / stream
 
 
+def streams(run_dir: Path) -> list[str]:
+    """The names of all streams of a run directory that hold a segment, in order."""
+    home = Path(run_dir) / "audit"
+    if not home.is_dir():
+        return []
+    return sorted(path.name for path in home.iterdir() if path.is_dir() and segments(run_dir, path.name))
+
+
 def segments(run_dir: Path, stream: str = CONTROLLER) -> list[Path]:
     """The segment files, oldest first; empty where there is no log."""
     folder = stream_dir(run_dir, stream)

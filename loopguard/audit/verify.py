@@ -1,14 +1,19 @@
 """Say whether an audit log is what was written, in one pass, without the lock, and without writing anything.
 
-Two questions. `Chain`: does each record follow the one before it? `Grammar`: did what the records tell happen in an
-order that the guard allows? The writer asks the first one when it opens a log; `verify` asks both.
+Three questions. `Chain`: does each record follow the one before it? `Grammar`: did what the records tell happen in an
+order that the guard allows? `_Audit`: is it the log that others remember, by a checkpoint, a head or a commitment? The
+writer asks the first one when it opens a log; `verify` asks all of them, of every stream of the run.
 
-What a hash chain cannot say: that nothing was cut off its end, and that nobody wrote the whole log anew. Both take a
-head that was noted elsewhere (`expect_head`); without one a clean log is `unanchored`, never `ok`.
+What a hash chain cannot say: that nothing was cut off its end, that nobody wrote the whole log anew, and who wrote it.
+The first two take a head or a checkpoint that was kept elsewhere; without one a clean log is `unanchored`, never `ok`.
+The last takes a key that the reader trusts; without one a log is consistent, and its authorship unproven.
+
+Memory does not grow with the log: kept are the names of the checkpoints beside it, and the anchors that were handed in.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -16,8 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopguard.audit import read
+from loopguard.audit import anchors as places
+from loopguard.audit import keys as keyring
+from loopguard.audit import notes, read
 from loopguard.audit.events import (
+    ABOUT_ANCHORS,
     GENESIS,
     MAX_LINE_BYTES,
     BadLineError,
@@ -28,11 +36,12 @@ from loopguard.audit.events import (
     is_digest,
     printable,
 )
+from loopguard.audit.tree import Tree
 from loopguard.consent.book import Book
 from loopguard.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
 OK, WARN, UNANCHORED, TAMPER, TRUNCATED, REPLACED, SPLICE, FORK, PROTOCOL, APPROVAL, MISSING, UNREADABLE = (
     0, 10, 20, 30, 31, 32, 33, 34, 40, 41, 42, 50,
@@ -55,22 +64,23 @@ STATUS = {
 
 _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
 _TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin")
+_STREAM = re.compile(r"\w[\w.-]*", re.ASCII)
 _MOST_FINDINGS = 50
+_CACHE = "state.json"
 _MOST_LOOKS = 3
 """How often a repeated number is looked up in the files; each time reads the whole log."""
+
+_NO_KEY = "no key was given: consistent, authorship unproven"
 
 SUMMARIES = {
     OK: "the chain is whole and its head is the one that was expected",
     WARN: "the chain is whole and its head is the one that was expected; there is something to know",
-    UNANCHORED: (
-        "the chain is whole; without an expected head nobody can say that the tail was not cut "
-        "or the log not written anew"
-    ),
+    UNANCHORED: "the chain is whole; its tail is not proven: it may have been cut, or the log written anew",
     TAMPER: "records were changed, removed, moved or repeated",
     TRUNCATED: "the log ends before a record that it once had",
-    REPLACED: "the log was written anew: a record is not the one that was noted",
+    REPLACED: "the log was written anew: its records are not the ones that were noted",
     SPLICE: "records of another run or stream stand in this log",
-    FORK: "two histories of this run stand in this log",
+    FORK: "there are two histories of this run",
     PROTOCOL: "the chain is whole, and it tells of something that nothing in it allows",
     APPROVAL: "the chain is whole, and a resume or a change of policy lacks the approvals that it needs",
     MISSING: "the log, or a file or stream that it names, is not there",
@@ -87,56 +97,156 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StreamFound:
+    """What was found of one stream."""
+
+    name: str
+    records: int
+    """Records that are unaltered, also where the chain around them is broken."""
+    segments: int
+    head: Head
+    proven: int
+    """Up to here something kept elsewhere, or the controller's stream, says what the records must be."""
+    signed: int
+    """Up to here the records are signed by a key that is trusted."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
     """What a verification found. `code` is the exit code of `audit verify`, `status` its name."""
 
     code: int
     status: str
-    records: int
-    """Records that are unaltered, also where the chain around them is broken."""
-    segments: int
-    head: Head
-    """The last record of the chain; note it down elsewhere, as an anchor."""
     findings: list[str]
     notes: list[str]
     """What is worth knowing and nobody's fault; never changes the code."""
+    keys: list[str]
+    """The vkeys that were trusted."""
+    anchors: list[str]
+    """The heads and checkpoints kept elsewhere that were trusted, each with where it was found."""
+    authorship: str
+    """Who wrote the log, as far as that is proven; one sentence."""
+    streams: list[StreamFound]
+    """The one that was asked for, or the controller's; behind it the others that were verified with it."""
 
     @property
     def summary(self) -> str:
         """One sentence for people."""
         return SUMMARIES[self.code]
 
+    @property
+    def records(self) -> int:
+        """Records of the first stream that are unaltered."""
+        return self.streams[0].records
 
-def verify(run_dir: Path, *, expect_head: str | None = None, stream: str = read.CONTROLLER) -> Verification:
-    """Check the log of a run directory or of a copy of one.
+    @property
+    def segments(self) -> int:
+        """How many files the first stream has."""
+        return self.streams[0].segments
 
-    `expect_head` is a head noted earlier, `SEQ:HASH` or the hash alone. Raises UsageError where it is neither; what is
-    wrong with the log is never an exception.
+    @property
+    def head(self) -> Head:
+        """The last record of the first stream; note it down elsewhere, as an anchor."""
+        return self.streams[0].head
+
+
+def verify(
+    run_dir: Path,
+    *,
+    expect_head: str | None = None,
+    keys: Iterable[str] = (),
+    anchors: Iterable[Path] = (),
+    stream: str | None = None,
+) -> Verification:
+    """Check the log of a run directory or of a copy of one: all of its streams, or the one that is named.
+
+    `expect_head` is a head noted earlier, `SEQ:HASH` or the hash alone, of the named stream or the controller's. `keys`
+    are vkeys (or files with one) whose signatures are trusted, `anchors` files, folders or repositories with log
+    checkpoints that were kept elsewhere. Raises UsageError where one of them is not what it should be; what is wrong
+    with the log is never an exception.
     """
-    anchor = _anchor(expect_head)
-    audit = _Audit(Path(run_dir), stream, anchor)
-    try:
-        audit.run()
-    except OSError as error:
-        audit.find(UNREADABLE, f"{error.filename or run_dir}: {error.strerror}")
-    return audit.result()
+    run_dir = Path(run_dir)
+    trusted = keyring.trusted(keys)
+    lead = stream or read.CONTROLLER
+    names = [lead] if stream else [lead, *(name for name in read.streams(run_dir) if name != lead)]
+    marks = _kept(run_dir, names, anchors, trusted)
+    marks[lead] += _expected(expect_head)
+    audits = [_Audit(run_dir, name, marks[name], trusted) for name in names]
+    others = {audit.stream: audit for audit in audits[1:]}
+    audits[0].leads = True
+    _run(audits[0], others, alone=stream is not None)
+    return _result([audits[0], *others.values()], trusted)
 
 
-@dataclass(frozen=True, slots=True)
-class _Anchor:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Mark:
+    """What a log must hold at some record, and who says so."""
+
     seq: int | None
-    hash: str
+    """None where only a hash was noted."""
     origin: str
-    """Who says so, for the finding."""
+    hash: str = ""
+    """Of the record; empty where a root is known instead."""
+    root: bytes = b""
+    proves: bool = False
+    """Whether it was kept elsewhere, so that agreeing with it means something."""
+    signer: str = ""
+    """The trusted key that signed it."""
 
 
-def _anchor(text: str | None) -> _Anchor | None:
+def _expected(text: str | None) -> list[_Mark]:
     if text is None:
-        return None
+        return []
     seq, _, digest = text.strip().rpartition(":")
     if not is_digest(digest) or (seq and not seq.isdecimal()):
         raise UsageError(f"expected head {text!r} is not SEQ:HASH or HASH; copy it from an earlier `audit verify`")
-    return _Anchor(int(seq) if seq else None, digest, "the expected head")
+    return [_Mark(seq=int(seq) if seq else None, hash=digest, origin="the expected head", proves=True)]
+
+
+def _kept(
+    run_dir: Path, names: Sequence[str], anchors: Iterable[Path], trusted: Sequence[keyring.VerifierKey]
+) -> dict[str, list[_Mark]]:
+    """What was kept elsewhere of each stream. Of other runs there may be checkpoints as well, in the same place."""
+    marks: dict[str, list[_Mark]] = {name: [] for name in names}
+    logs = {_log_of(run_dir, name): name for name in names}
+    for place in anchors:
+        kept = places.read(Path(place), run_dir=run_dir)
+        ours = [one for one in kept if one.note.checkpoint.origin in logs]
+        if not ours:
+            origins = ", ".join(sorted({one.note.checkpoint.origin for one in kept}))
+            ask = f"--anchors {place} holds nothing of {', '.join(sorted(logs))}, only of {origins}"
+            raise UsageError(printable(f"{ask}: name the anchors of this run"))
+        for one in ours:
+            marks[logs[one.note.checkpoint.origin]].append(_mark_of(one, trusted))
+    return marks
+
+
+def _mark_of(kept: places.Kept, trusted: Sequence[keyring.VerifierKey]) -> _Mark:
+    checkpoint = kept.note.checkpoint
+    try:
+        signer = kept.note.signer(trusted)
+    except notes.BadNoteError as error:
+        raise UsageError(f"{kept.place}: {error}; it is forged or damaged, take it out") from error
+    return _Mark(
+        seq=checkpoint.size,
+        root=checkpoint.root,
+        origin=kept.place,
+        # Who trusts a key does not want to be shown what others could have written.
+        proves=not trusted or signer is not None,
+        signer=str(signer or ""),
+    )
+
+
+def _log_of(run_dir: Path, stream: str) -> str:
+    """The name that all records of a stream carry, by `run.json`, or by the log itself where there is none."""
+    run = _json(run_dir / "run.json").get("id")
+    if isinstance(run, str):
+        return f"{run}/{stream}"
+    for path in read.segments(run_dir, stream):
+        with contextlib.suppress(OSError, BadLineError):
+            for line in read.raw_lines(path):
+                return decode(line.data).log
+    return f"/{stream}"
 
 
 class Chain:
@@ -149,6 +259,8 @@ class Chain:
         self.log = log
         """`RUN_ID/STREAM`, which every record must carry; None until the first one says it."""
         self.head = Head(0, GENESIS)
+        self.tree: Tree | None = Tree()
+        """Over all records so far; None from the first break on."""
         self.records = 0
         self._stream = stream
         self._twins = twins
@@ -167,6 +279,10 @@ class Chain:
             return None, self._unreadable(line, str(error))
         self.records += 1
         finding = self._placed(entry, line.place)
+        if finding is not None:
+            self.tree = None
+        elif self.tree is not None:
+            self.tree = self.tree.grown(bytes.fromhex(entry.hash))
         if entry.seq > self._seq:
             self._seq, self._prev = entry.seq, entry.hash
             self.head = Head(entry.seq, entry.hash)
@@ -175,7 +291,7 @@ class Chain:
 
     def _unreadable(self, line: read.Line, why: str) -> Finding:
         # Count it as the record that belongs here, so that its neighbours are judged by what they say.
-        self._seq, self._prev = self._seq + 1, None
+        self._seq, self._prev, self.tree = self._seq + 1, None, None
         return Finding(TAMPER, f"{line.place}: record {self._seq} {why}")
 
     def _placed(self, entry: Entry, place: str) -> Finding | None:
@@ -321,43 +437,183 @@ def _span(body: Any) -> tuple[int, int] | None:
     return first, last
 
 
-class _Audit:
-    """One verification under way."""
+def _run(lead: _Audit, others: dict[str, _Audit], *, alone: bool) -> None:
+    """Read the first stream, and the others beside it: each up to where the first one says that it stood."""
+    with lead.reading():
+        for entry, place in lead.walk():
+            if entry.type == "streams.committed" and not alone and not lead.broken:
+                _commit(lead, others, entry, place)
+    for other in others.values():
+        other.finish()
+    lead.finish()
 
-    def __init__(self, run_dir: Path, stream: str, anchor: _Anchor | None) -> None:
+
+def _commit(lead: _Audit, others: dict[str, _Audit], entry: Entry, place: str) -> None:
+    streams = entry.body.get("streams")
+    for name, told in streams.items() if isinstance(streams, dict) else ():
+        head = _head(told)
+        if head is None or not _STREAM.fullmatch(name) or name == lead.stream:
+            lead.find(PROTOCOL, f"{place}: record {entry.seq}: what it says of stream {name} is no head")
+        elif name in others or read.segments(lead.run_dir, name):
+            if name not in others:  # it was begun after the streams were listed
+                others[name] = _Audit(lead.run_dir, name, [], lead.trusted)
+            others[name].committed(head, f"record {entry.seq} of stream {lead.stream}")
+        elif name not in lead.gone:
+            lead.gone.add(name)
+            lead.find(MISSING, f"{place}: record {entry.seq}: stream {name} had {head.seq} records, and is not there")
+
+
+def _head(told: Any) -> Head | None:
+    seq, digest = (told.get("seq"), told.get("hash")) if isinstance(told, dict) else (None, None)
+    if type(seq) is int and seq > 0 and isinstance(digest, str) and is_digest(digest):
+        return Head(seq, digest)
+    return None
+
+
+def _result(audits: Sequence[_Audit], trusted: Sequence[keyring.VerifierKey]) -> Verification:
+    code = _gravest([audit.code() for audit in audits])
+    found = [finding for audit in audits for finding in audit.findings]
+    texts = [finding.text for finding in sorted(found, key=lambda finding: finding.code != code)]
+    if hidden := sum(audit.hidden for audit in audits):
+        texts.append(f"and {hidden} more findings")
+    lead, *others = audits
+    told = [text for audit in audits for text in (*audit.notes, *(audit.unproven() if code < TAMPER else ()))]
+    return Verification(
+        code=code,
+        status=STATUS[code],
+        findings=texts,
+        notes=[*told, *(_hint(lead) if not trusted else ())],
+        keys=[str(key) for key in trusted],
+        anchors=[text for audit in audits for text in audit.trusted_anchors()],
+        authorship=_authorship(lead, trusted, code),
+        streams=[audit.facts() for audit in (lead, *others)],
+    )
+
+
+def _gravest(codes: Sequence[int]) -> int:
+    """Unreadable wins; then the first broken stream, since what others say may follow from it; then the largest."""
+    if UNREADABLE in codes:
+        return UNREADABLE
+    return next((code for code in codes if code in _BREAKS), max(codes))
+
+
+def _authorship(lead: _Audit, trusted: Sequence[keyring.VerifierKey], code: int) -> str:
+    if code in {*_BREAKS, UNREADABLE}:
+        return "not judged, since the log is not whole"
+    if not trusted:
+        return _NO_KEY
+    if not lead.signers:
+        return f"unproven: no checkpoint of this log is signed by {', '.join(key.name for key in trusted)}"
+    rest = "" if lead.signed_to >= lead.tail else "; what follows is not"
+    return f"records 1-{lead.signed_to} are signed by {', '.join(lead.signers)}{rest}"
+
+
+def _hint(lead: _Audit) -> list[str]:
+    return [
+        f"the log says that {key} signs it: where you know that key from elsewhere, pass --key" for key in lead.named
+    ]
+
+
+class _Audit:
+    """The verification of one stream, under way."""
+
+    def __init__(self, run_dir: Path, stream: str, marks: list[_Mark], trusted: Sequence[keyring.VerifierKey]) -> None:
         self.run_dir = run_dir
         self.stream = stream
-        self.anchors = [anchor] if anchor else []
-        self.anchor = anchor
-        self.anchored_at: int | None = None
+        self.trusted = trusted
+        self.leads = False
+        """Whether it is the one that speaks for the others, and has to be signed."""
+        self.marks = marks
+        self.by_seq: dict[int | None, list[_Mark]] = {None: []}
+        self.anchored_at = 0
+        self.signed_to = 0
+        self.signers: list[str] = []
+        self.tail = 0
+        """The last record that says more than where a checkpoint was kept."""
         self.findings: list[Finding] = []
         self.hidden = 0
         self.worst: int = OK
         self.broken: int = OK
         self.notes: list[str] = []
+        self.named: list[str] = []
+        """The keys that the log itself says sign it."""
+        self.gone: set[str] = set()
+        """Streams that were said to be missing."""
         self.segments = 0
         self.chain = Chain(stream, twins(run_dir, stream))
         self.grammar = Grammar()
         self.book = Book()
         self.policies: set[str] = set()
         self.clock: Entry | None = None
+        self._key = ""
+        """The key that signs from the last opening on."""
+        self._apart: list[_Mark] = []
+        """Signed marks that this log contradicts."""
+        self._beside: dict[int, Path] = {}
+        self._steps = self._read()
 
-    def run(self) -> None:
-        paths = read.segments(self.run_dir, self.stream)
-        self.segments = len(paths)
-        if not paths:
-            self.find(MISSING, f"{read.stream_dir(self.run_dir, self.stream)}: there is no log here (no seg-*.jsonl)")
+    def walk(self) -> Iterator[tuple[Entry, str]]:
+        """Every record, each judged before it is handed out, with its place."""
+        return self._steps
+
+    def committed(self, head: Head, origin: str) -> None:
+        """Read on up to where another stream says that this one stood, and compare."""
+        with self.reading():
+            while self.chain.head.seq < head.seq and next(self._steps, None) is not None:
+                pass
+        at = self.chain.head
+        if self.worst == UNREADABLE or self.broken == TRUNCATED:
             return
-        self._expect_run()
-        self._expect_cache()
-        for path in paths:
-            self._segment(path, is_last=path == paths[-1])
+        if at.seq < head.seq:
+            end = f"it ends at {at.seq}: the tail was cut"
+            self.find(TRUNCATED, f"{self._folder}: {origin} says that this stream had {head.seq} records; {end}")
+        elif at.seq > head.seq and not self.broken:
+            self.find(FORK, f"{self._folder}: {origin} goes back to record {head.seq} of this stream, behind {at.seq}")
+        elif at.seq == head.seq and at.hash != head.hash:
+            self.find(REPLACED, f"{self._folder}: record {head.seq} is not the one that {origin} names")
+        else:
+            self.anchored_at = max(self.anchored_at, head.seq)
+
+    def finish(self) -> None:
+        """Read what is left and judge the whole."""
+        with self.reading():
+            for _ in self._steps:
+                pass
+        if self.worst == UNREADABLE:
+            return
         if self.grammar.calls:
-            self.note(f"{len(self.grammar.calls)} allowed tool calls have no end yet")
-        if self.chain.records == 0:
-            self.find(MISSING, f"{paths[0]}: the log holds no record")
-        for anchor in self.anchors:
-            self._judge_anchor(anchor)
+            self.note(f"{len(self.grammar.calls)} allowed tool calls of {self.stream} have no end yet")
+        if self.segments and self.chain.records == 0:
+            self.find(MISSING, f"{self._folder}: the log holds no record")
+        if self.segments:
+            self._judge_end()
+        if self.broken == REPLACED and any((mark.seq or 0) <= self.signed_to for mark in self._apart):
+            self.broken = FORK
+            self.find(FORK, f"{self._folder}: trusted keys signed two different histories of it")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Turn what the file system refuses into a finding."""
+        try:
+            yield
+        except OSError as error:
+            self.find(UNREADABLE, f"{error.filename or self._folder}: {error.strerror}")
+
+    def _read(self) -> Iterator[tuple[Entry, str]]:
+        # Before the records: a checkpoint that a living writer adds meanwhile must not seem to know of too many.
+        self._expect_beside()
+        paths = read.segments(self.run_dir, self.stream)
+        if not paths:
+            self.find(MISSING, f"{self._folder}: there is no log here (no seg-*.jsonl)")
+        while paths:
+            for path in paths:
+                yield from self._segment(path, is_last=path == paths[-1])
+            # Another stream may tell of a segment that was begun since.
+            paths = [path for path in read.segments(self.run_dir, self.stream) if path > paths[-1]]
+
+    @property
+    def _folder(self) -> Path:
+        return read.stream_dir(self.run_dir, self.stream)
 
     def find(self, code: int, text: str) -> None:
         """Keep a finding; the first break of the chain names the class, since later ones may follow from it."""
@@ -370,37 +626,52 @@ class _Audit:
             self.hidden += 1
 
     def note(self, text: str) -> None:
+        """Keep what is worth knowing."""
         if len(self.notes) < _MOST_FINDINGS:
             self.notes.append(printable(text))
 
-    def result(self) -> Verification:
-        code = self._code()
-        texts = [finding.text for finding in sorted(self.findings, key=lambda finding: finding.code != code)]
-        if self.hidden:
-            texts.append(f"and {self.hidden} more findings")
-        if code < TAMPER and self.anchor and self.anchored_at is not None and self.anchored_at < self.chain.head.seq:
-            self.note(f"records 1-{self.anchored_at} are anchored; what follows is not proven against a cut")
-        return Verification(
-            code=code,
-            status=STATUS[code],
-            records=self.chain.records,
-            segments=self.segments,
-            head=self.chain.head,
-            findings=texts,
-            notes=self.notes,
-        )
-
-    def _code(self) -> int:
+    def code(self) -> int:
+        """The class of this stream alone."""
         if self.worst >= UNREADABLE:
             return UNREADABLE
         if self.broken:
             return self.broken
         if self.worst >= PROTOCOL:
             return self.worst
-        at_head = self.anchor is not None and self.anchored_at == self.chain.head.seq
-        return self.worst if at_head else UNANCHORED
+        signed = not self.trusted or self.signed_to >= self.tail or not self.leads
+        return self.worst if self.anchored_at >= self.tail and signed else UNANCHORED
 
-    def _segment(self, path: Path, *, is_last: bool) -> None:
+    def unproven(self) -> list[str]:
+        """A sentence on the records behind the last that something else vouches for."""
+        if not self.leads and not self.anchored_at:
+            return [f"stream {self.stream}: nothing commits to it, so that it could be cut or replaced unseen"]
+        if not 0 < self.anchored_at < self.tail:
+            return []
+        where = "" if self.leads else f"stream {self.stream}: "
+        return [f"{where}records 1-{self.anchored_at} are anchored; what follows is not proven against a cut"]
+
+    def trusted_anchors(self) -> list[str]:
+        """What of this stream was kept elsewhere, for people: the largest one of each place."""
+        largest: dict[str, int] = {}
+        for mark in self.marks:
+            if mark.proves and mark.origin != _CACHE:
+                place = mark.origin.rpartition(":")[0] or mark.origin
+                largest[place] = max(largest.get(place, 0), mark.seq or 0)
+        return [f"{self.stream} up to record {seq or 'of that hash'}: {place}" for place, seq in largest.items()]
+
+    def facts(self) -> StreamFound:
+        """What was found."""
+        return StreamFound(
+            name=self.stream,
+            records=self.chain.records,
+            segments=self.segments,
+            head=self.chain.head,
+            proven=self.anchored_at,
+            signed=self.signed_to,
+        )
+
+    def _segment(self, path: Path, *, is_last: bool) -> Iterator[tuple[Entry, str]]:
+        self.segments += 1
         first = True
         for line in read.raw_lines(path):
             if not line.complete and is_last and read.looks_torn(line.data):
@@ -411,30 +682,32 @@ class _Audit:
             if not line.complete and len(line.data) >= MAX_LINE_BYTES:
                 self.find(TAMPER, f"{line.place}: a line longer than any record; the rest of {path.name} was not read")
                 return
-            self._line(line, names_segment=first)
+            entry = self._line(line, names_segment=first)
             first = False
+            if entry is not None:
+                yield entry, line.place
         if first and not is_last:
             self.find(TAMPER, f"{path}: the segment is empty")
 
-    def _line(self, line: read.Line, *, names_segment: bool) -> None:
+    def _line(self, line: read.Line, *, names_segment: bool) -> Entry | None:
         entry, finding = self.chain.feed(line)
         if finding:
             self.find(finding.code, finding.text)
         elif not line.complete:
             self.find(TAMPER, f"{line.place}: the record does not end its line")
         if entry is None:
-            return
+            return None
         if names_segment and entry.seq != read.first_seq(line.path) and not finding:
             self.find(TAMPER, f"{line.path}: the segment starts with record {entry.seq}, unlike its name")
         self._told(entry, line.place)
+        return entry
 
     def _told(self, entry: Entry, place: str) -> None:
-        for anchor in self.anchors:
-            if anchor.hash == entry.hash and anchor.seq in {None, entry.seq}:
-                if anchor is self.anchor:
-                    self.anchored_at = entry.seq
-            elif anchor.seq == entry.seq:
-                self.find(REPLACED, f"{place}: record {entry.seq} is not the one that {anchor.origin} names")
+        if entry.type not in ABOUT_ANCHORS:
+            self.tail = entry.seq
+        if entry.type == "log.opened":
+            self._opened(entry)
+        self._remembered(entry, place)
         self._clock(entry, place)
         self._policy(entry, place)
         self._recovered(entry, place)
@@ -483,27 +756,90 @@ class _Audit:
         elif _digest(file) != entry.body.get("digest"):
             self.find(TAMPER, f"{file}: is not what record {entry.seq} says was set aside")
 
-    def _expect_run(self) -> None:
-        """The log must belong to the run whose directory it lies in."""
+    # What others remember of this stream
+
+    def _opened(self, entry: Entry) -> None:
+        """From here on the key counts that this opening names, and no other: not one before it, nor one after."""
+        key = entry.body.get("key")
+        self._key = key if isinstance(key, str) else ""
+        if self._key and self._key not in self.named and len(self.named) < _MOST_FINDINGS:
+            self.named.append(printable(self._key))
+
+    def _remembered(self, entry: Entry, place: str) -> None:
+        for mark in self.by_seq.pop(entry.seq, ()):
+            self._compare(mark, entry, place)
+        if found := [mark for mark in self.by_seq[None] if mark.hash == entry.hash]:
+            self.by_seq[None] = [mark for mark in self.by_seq[None] if mark not in found]
+            self.anchored_at = max(self.anchored_at, entry.seq)
+        if (path := self._beside.pop(entry.seq, None)) is not None and self.chain.tree is not None:
+            self._compare_beside(path, entry, place)
+
+    def _compare(self, mark: _Mark, entry: Entry, place: str) -> None:
+        if mark.root and self.chain.tree is None:
+            return  # behind a break, which says enough
+        if mark.hash == entry.hash or (mark.root and self.chain.tree and self.chain.tree.root() == mark.root):
+            self._agreed(mark, entry.seq)
+            return
+        if mark.signer:
+            self._apart.append(mark)
+        if mark.root:
+            self.find(REPLACED, f"{place}: records 1-{entry.seq} are not the ones that {mark.origin} stands for")
+        else:
+            self.find(REPLACED, f"{place}: record {entry.seq} is not the one that {mark.origin} names")
+
+    def _agreed(self, mark: _Mark, seq: int) -> None:
+        if mark.proves:
+            self.anchored_at = max(self.anchored_at, seq)
+        if mark.signer and mark.signer == self._key:
+            self.signed_to = max(self.signed_to, seq)
+            name = mark.signer.partition("+")[0]
+            self.signers += [name] if name not in self.signers else []
+        elif mark.signer:
+            self.note(
+                f"{mark.origin} is signed by {mark.signer}, which was not the key of the log then: it proves nothing"
+            )
+
+    def _compare_beside(self, path: Path, entry: Entry, place: str) -> None:
+        """A checkpoint that lies beside the log: no proof without a key, but one that contradicts the log is a sign."""
+        try:
+            note = notes.Note.parse(notes.read(path))
+            signer = note.signer(self.trusted)
+        except notes.BadNoteError as error:
+            self.find(TAMPER, f"{path}: {error}")
+            return
+        checkpoint = note.checkpoint
+        if checkpoint.origin != self.chain.log:
+            self.find(SPLICE, f"{path}: is of {checkpoint.origin}, not of {self.chain.log}")
+        elif checkpoint.size != entry.seq:
+            self.find(TAMPER, f"{path}: stands for {checkpoint.size} records, unlike its name")
+        else:
+            mark = _Mark(seq=entry.seq, root=checkpoint.root, origin=str(path), signer=str(signer or ""))
+            self._compare(mark, entry, place)
+
+    def _expect_beside(self) -> None:
+        """What lies in the run directory itself: whose log it is, its cache, and the checkpoints beside it."""
         facts = _json(self.run_dir / "run.json")
         if isinstance(facts.get("id"), str):
             self.chain.log = f"{facts['id']}/{self.stream}"
-
-    def _expect_cache(self) -> None:
-        """`state.json` lies on the same disk and is no anchor; but a contradiction shows a change."""
         cache = _json(self.run_dir / "state.json")
         seq, digest = cache.get("seq"), cache.get("hash")
         if cache.get("stream") == self.stream and type(seq) is int and seq > 0 and isinstance(digest, str):
-            self.anchors.append(_Anchor(seq, digest, "state.json"))
+            self.marks.append(_Mark(seq=seq, hash=digest, origin=_CACHE))
+        for mark in self.marks:
+            self.by_seq.setdefault(mark.seq, []).append(mark)
+        self._beside = dict(notes.stored(self._folder))
 
-    def _judge_anchor(self, anchor: _Anchor) -> None:
-        head = self.chain.head
-        if anchor.seq is not None and anchor.seq > head.seq:
-            self.find(
-                TRUNCATED, f"{anchor.origin} is record {anchor.seq}; the log ends at {head.seq}: the tail was cut"
-            )
-        elif anchor.seq is None and self.anchored_at is None and anchor is self.anchor:
-            self.find(TRUNCATED, f"no record has the hash of {anchor.origin}: the tail was cut, or the log replaced")
+    def _judge_end(self) -> None:
+        """What should stand behind the end of the log, or anywhere in it, and does not."""
+        end = f"the log ends at {self.chain.head.seq}: the tail was cut"
+        for mark in self.marks:
+            if mark.seq is not None and mark.seq > self.chain.head.seq:
+                self.find(TRUNCATED, f"{mark.origin} is record {mark.seq}; {end}")
+        for mark in self.by_seq[None]:
+            self.find(TRUNCATED, f"no record has the hash of {mark.origin}: the tail was cut, or the log replaced")
+        for size, path in self._beside.items():
+            if size > self.chain.head.seq:
+                self.find(TRUNCATED, f"{path} was written when there were {size} records; {end}")
 
 
 def _digest(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`audit`: read, explain and verify the record of a run. Nothing here writes to a log."""
+"""`audit`: read, explain, verify and prove the record of a run. Nothing here writes to a log."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OfType = Annotated[str | None, typer.Option("--type", metavar="T", help="Only this type, or one group, such as tool.")]
 OfCycle = Annotated[int | None, typer.Option("--cycle", metavar="N", help="Only records of this cycle.")]
+
+Keys = Annotated[
+    list[str] | None, typer.Option("--key", metavar="VKEY", help="A public key that is trusted, or a file with it.")
+]
 
 app = typer.Typer(
     help="Read, explain and verify the audit log of a run.",
@@ -118,20 +122,85 @@ def verify(
     expect_head: Annotated[
         str | None, typer.Option("--expect-head", metavar="HASH", help="A head noted earlier, SEQ:HASH or HASH.")
     ] = None,
+    key: Keys = None,
+    anchors: Annotated[
+        list[Path] | None,
+        typer.Option("--anchors", metavar="PLACE", help="A file, folder or repository with kept checkpoints."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that nobody changed the log of a run, and that nothing happened in it that was not allowed.
+    """Check that nobody changed the log of a run, in any stream, and that nothing happened that was not allowed.
 
-    loopguard audit verify runs/toolformer --expect-head 1051:1f51e92704ba...
+    loopguard audit verify runs/toolformer --key gpu7.vkey --anchors /mnt/other/anchors.jsonl
+
+    A key says who wrote the log, a head or checkpoint kept elsewhere that nothing was cut off. Both have to come from
+    elsewhere than the run; what was trusted is always printed.
 
     Exit codes: 0 ok and anchored, 2 bad usage, 10 warning, 20 whole but unanchored, 30 tampered, 31 truncated,
-    32 replaced, 33 spliced, 34 forked, 40 something happened that was not allowed, 42 missing, 50 unreadable.
+    32 replaced, 33 spliced, 34 forked, 40 something happened that was not allowed, 41 an approval does not hold,
+    42 missing, 50 unreadable.
     """
     from loopguard.audit.verify import verify as check
 
-    result = check(run_dir, expect_head=expect_head)
+    result = check(run_dir, expect_head=expect_head, keys=key or (), anchors=anchors or ())
     print(json.dumps(_verification_facts(result), sort_keys=True) if as_json else _verification_text(run_dir, result))
     raise typer.Exit(result.code)
+
+
+@app.command()
+def prove(
+    run_dir: Annotated[
+        Path | None, typer.Argument(metavar="[RUN_DIR]", help="A run directory.", show_default=False)
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Argument(metavar="[SEQ]", help="The number of the record.", show_default=False)
+    ] = None,
+    check: Annotated[
+        Path | None, typer.Option("--check", metavar="FILE", help="Check a proof instead of making one.")
+    ] = None,
+    key: Keys = None,
+) -> None:
+    """Print a proof that one record is in the log of a run, or check one without the log.
+
+    loopguard audit prove runs/toolformer 812 > record-812.json
+
+    loopguard audit prove --check record-812.json --key gpu7.vkey
+
+    Exit codes: 0 printed, or it holds and a trusted key signed it; 2 bad usage; 6 a record was altered; 20 it holds,
+    and nothing says who made it; 30 it does not hold.
+    """
+    from loopguard.audit.proof import prove as make
+    from loopguard.errors import UsageError
+
+    if check is not None and run_dir is None and seq is None:
+        raise typer.Exit(_check_proof(check, key or []))
+    if check is not None or run_dir is None or seq is None or key:
+        raise UsageError("give RUN_DIR and SEQ to make a proof, or --check FILE, and --key with it, to check one")
+    print(json.dumps(make(run_dir, seq), sort_keys=True))
+
+
+@app.command()
+def keygen(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="Who signs, such as gpu7 or example.org/training.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where to put it; else where a loop looks for it.")
+    ] = None,
+) -> None:
+    """Make a key that signs the checkpoints of audit logs, and print its public half, the vkey.
+
+    loopguard audit keygen gpu7
+
+    Keep the vkey where whoever can write to the runs cannot, and pass it to `audit verify` as --key.
+
+    Exit codes: 0 made, 2 there is a key already, or no key can be kept there.
+    """
+    from loopguard.audit import keys
+
+    path, public = keys.keygen(name, folder=out)
+    print(public)
+    print(f"the signing key is {path}; whoever reads it can sign as {name}", file=sys.stderr)
+    if out is not None:
+        print(f"a loop uses it with {keys.VARIABLE}={shlex.quote(str(path))}", file=sys.stderr)
 
 
 @app.command()
@@ -236,6 +305,32 @@ def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
+def _check_proof(file: Path, key: list[str]) -> int:
+    """Say whether a proof holds, and on whose word; the exit code."""
+    from loopguard.audit import keys, proof
+    from loopguard.audit.events import printable
+    from loopguard.errors import UsageError
+
+    try:
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file} cannot be read as a proof: {error}") from error
+    try:
+        proven = proof.check(found, trusted=keys.trusted(key))
+    except proof.BrokenProofError as error:
+        print(printable(f"BROKEN (30): {error}"))
+        return 30
+    point = proven.checkpoint
+    of = f"record {proven.entry.seq} is among the {point.size} of {point.origin}"
+    if proven.signer is None:
+        why = "no key that you trust signed the checkpoint" if key else "no key was given"
+        print(printable(f"UNPROVEN (20): {of} by that checkpoint; {why}: consistent, authorship unproven"))
+    else:
+        print(printable(f"PROVEN (0): {of}, signed by {proven.signer}"))
+    print(_line(proven.entry))
+    return 0 if proven.signer else 20
+
+
 def _verification_facts(result: Verification) -> dict[str, Any]:
     return {
         "code": result.code,
@@ -245,17 +340,36 @@ def _verification_facts(result: Verification) -> dict[str, Any]:
         "head": {"seq": result.head.seq, "hash": result.head.hash},
         "findings": result.findings,
         "notes": result.notes,
+        "keys": result.keys,
+        "anchors": result.anchors,
+        "authorship": result.authorship,
+        "streams": [
+            {
+                "name": one.name,
+                "records": one.records,
+                "head": {"seq": one.head.seq, "hash": one.head.hash},
+                "proven": one.proven,
+                "signed": one.signed,
+            }
+            for one in result.streams
+        ],
     }
 
 
 def _verification_text(run_dir: Path, result: Verification) -> str:
-    """What was found, and last of all the head, for a person to note down."""
+    """What was found and what was trusted for it, and last of all the head, for a person to note down."""
+    from loopguard.audit.events import printable
+
     segments = f"{result.segments:,} segment{'' if result.segments == 1 else 's'}"
     lines = [
         f"{result.status.upper()} ({result.code}): {result.summary}",
         *(f"finding: {text}" for text in result.findings),
         *(f"note: {text}" for text in result.notes),
+        f"authorship: {result.authorship}",
+        *(f"trusted key: {printable(key)}" for key in result.keys or ["none"]),
+        *(f"trusted anchor: {printable(anchor)}" for anchor in result.anchors or ["none"]),
         f"{result.records:,} records in {segments} are unaltered",
+        *(printable(f"stream {one.name}: {one.records:,} records, head {one.head}") for one in result.streams[1:]),
     ]
     if result.code in {10, 20}:
         lines.append("note this head down elsewhere; from then on it can be checked with")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard import __version__
 from loopguard.approvals import book
+from loopguard.audit.anchors import Anchor
 from loopguard.consent.sshsig import stamp
 from loopguard.errors import PolicyMismatchError, UsageError
 from loopguard.policy.diff import compare
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loopguard.audit.events import Entry
+    from loopguard.policy.schema import GuardPolicy
 
 
 class Trail:
@@ -167,6 +169,18 @@ def set_policy(run_dir: Path, digest: str) -> None:
     """From now on the directory belongs to this policy."""
     body = run_facts(run_dir) | {"policy": digest}
     replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
+
+
+def anchors(policy: GuardPolicy) -> list[Anchor]:
+    """Where the guard policy says that checkpoints of the log are kept."""
+    return [
+        Anchor(
+            kind=place.kind,
+            place=getattr(place, "path", "") or getattr(place, "repository", ""),
+            required=place.required,
+        )
+        for place in policy.audit.anchors
+    ]
 
 
 def versions() -> dict[str, str]:

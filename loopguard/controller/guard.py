@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, get_args
 
@@ -33,7 +34,7 @@ from loopguard.gates.tools import ToolGate
 from loopguard.gates.updates import UpdateGate
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
-from loopguard.state import FreezeState, run_facts, signal_facts
+from loopguard.state import FreezeState, anchor_lost, latch_reason, run_facts, signal_facts
 from loopguard.types import Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
@@ -161,6 +162,9 @@ class LoopGuard:
                 policy=loaded.digest,
                 reserve_mib=loaded.policy.audit.reserve_mib,
                 mirror=mirror,
+                checkpoint_every=loaded.policy.audit.checkpoint_every,
+                anchors=directories.anchors(loaded.policy) if here.leads else (),
+                on_lost_anchor=partial(anchor_lost, directory),
             )
         except BaseException:
             cells.close()
@@ -478,7 +482,7 @@ class LoopGuard:
 
     def _adopt_latch(self) -> None:
         if self._state.frozen and not self._state.freeze_id:
-            why = "the latch was set from outside"
+            why = latch_reason(self.run_dir)
             self._freeze(Decision(result="freeze", gate="operator", rule="latch", reason=why), cycle=None)
 
     # What several ranks do together; with one, each of these comes down to what that one says

@@ -113,6 +113,9 @@ _ORDER: dict[str, Order | Steps] = {
     "resume.within_s": "smaller",
     "resume.execute_within_s": "smaller",
     "audit.reserve_mib": "larger",
+    "audit.checkpoint_every": "smaller",
+    # Places as words, and one more word for each that has to work: more places that are out of reach are tighter.
+    "audit.anchors": "more",
 }
 
 _NAMED = (("tools", "run"), ("updates", "monitors"), ("promotion", "panel"))
@@ -197,6 +200,7 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     said["updates"]["monitors"] = {f"{monitor['kind']} {monitor['metric']}": monitor for monitor in monitors}
     said["promotion"]["panel"] = {metric["metric"]: metric for metric in said["promotion"]["panel"]}
     said["resume"] = _resume(said["resume"])
+    said["audit"]["anchors"] = [word for place in said["audit"]["anchors"] for word in _anchor(place)]
     # Not to skip at all is the tightest way of skipping.
     said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
     return said
@@ -209,6 +213,12 @@ def _resume(resume: dict[str, Any] | None) -> dict[str, Any]:
         return free | {"within_s": None, "execute_within_s": None}
     people = [f"{person} {line}" for person, lines in resume["people"].items() for line in lines]
     return resume | {"people": people}
+
+
+def _anchor(place: dict[str, Any]) -> list[str]:
+    """A place that checkpoints are kept in, as words: the place, and that it is required."""
+    word = f"{place['kind']} {place.get('path') or place.get('repository') or ''}".rstrip()
+    return [word, f"{word} required"] if place["required"] else [word]
 
 
 def _place(place: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ NOT_YET: dict[Where, frozenset[str]] = {
     ("updates",): frozenset({"budgets", "expect"}),
     ("promotion",): frozenset({"approvals", "artifact", "budgets", "gates"}),
     ("freeze",): frozenset({"budgets", "scope", "triage"}),
-    ("audit",): frozenset({"anchors", "checkpoint", "dir", "disk", "redact", "retain", "rotate", "sign", "sinks"}),
+    ("audit",): frozenset({"checkpoint", "dir", "disk", "redact", "retain", "rotate", "sign", "sinks"}),
 }
 """Keys that a later LoopGuard may read, by section. Accepting them now would promise what nothing keeps."""
 

@@ -98,6 +98,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
     ("tools",): {"budget": None},
     (): {"resume": None},
+    ("audit",): {"checkpoint_every": 1000, "anchors": []},
 }
 
 

@@ -618,10 +618,60 @@ class Resume(Section):
         )
 
 
+_PLACE_PATH = re.compile(r"(/|~/).*")
+_OTHER_PLACE = "an absolute path, or one from ~/, so that it is the same place wherever the loop is started"
+
+
+class FileAnchor(Section):
+    """A file, best on another volume or machine, that a line is appended to."""
+
+    kind: Literal["file"] = Field(description="where a checkpoint is kept: file, git or print")
+    path: Text = Field(description="the file")
+    required: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        """It is one place."""
+        if not _PLACE_PATH.fullmatch(self.path):
+            yield ("path",), f"is {shown(self.path)}; expected {_OTHER_PLACE}"
+
+
+class GitAnchor(Section):
+    """Another repository, where a commit is made on a branch of its own."""
+
+    kind: Literal["git"] = Field(description="where a checkpoint is kept: file, git or print")
+    repository: Text = Field(description="the repository")
+    required: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        """It is one place."""
+        if not _PLACE_PATH.fullmatch(self.repository):
+            yield ("repository",), f"is {shown(self.repository)}; expected {_OTHER_PLACE}"
+
+
+class PrintAnchor(Section):
+    """A line on standard error, for a CI job to keep."""
+
+    kind: Literal["print"] = Field(description="where a checkpoint is kept: file, git or print")
+    required: bool = False
+
+
+AnchorPlace = Annotated[FileAnchor | GitAnchor | PrintAnchor, Field(discriminator="kind")]
+
+
 class Audit(Section):
     """The audit log."""
 
     reserve_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=4, alias="reserve")
+    checkpoint_every: Count = 1000
+    anchors: Annotated[tuple[AnchorPlace, ...], Field(max_length=16)] = ()
+
+    def problems(self) -> Iterator[Problem]:
+        """A place is named once."""
+        places = [place.model_copy(update={"required": False}) for place in self.anchors]
+        for i in _repeats(places) if places else ():
+            yield ("anchors", i), "is there a second time; keep one of the two"
+
+
 class GuardPolicy(Section):
     """Everything that a guard policy file says, with the defaults filled in."""
 

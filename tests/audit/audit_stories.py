@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import random
+import shutil
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,6 +40,11 @@ def plain_log(run_dir: Path, *, notes: int = 10, **options) -> None:
     with open_log(run_dir, **options) as log:
         for number in range(notes):
             log.append("note.added", {"by": "dana", "text": f"note {number}"}, sync=False)
+
+
+def forget_checkpoints(run_dir: Path, stream: str = "controller") -> None:
+    """Leave a log as a process leaves it that died before the first checkpoint, or as a forger who thinks of them."""
+    shutil.rmtree(run_dir / "audit" / stream / "checkpoints", ignore_errors=True)
 
 
 class Loop:

@@ -105,7 +105,7 @@ class TestVerify:
         """The last line is what `--expect-head` takes."""
         result = self.verify(story)
         assert result.exit_code == 20
-        assert result.stdout.startswith("UNANCHORED (20): the chain is whole; without an expected head")
+        assert result.stdout.startswith("UNANCHORED (20): the chain is whole; its tail is not proven")
         head = result.stdout.splitlines()[-1].removeprefix("head ")
         assert self.verify(story, "--expect-head", head).exit_code == 0
 

@@ -91,6 +91,8 @@ WRITTEN = {
     LIMITS + "files": 64,
     LIMITS + "files_size": "8MiB",
     LIMITS + "files_depth": 8,
+    "audit__checkpoint_every": 1000,
+    "audit__anchors": [],
 }
 OTHER = [
     {CELL + "privileges": "strict"},
@@ -107,6 +109,11 @@ OTHER = [
     {"tools__budget": {"per_cycle": 10}},
     {"tools__budget": {"per_cycle": 11}},
     {CELL + "mode": "episode", "tools__budget": {"per_rollout": 10}},
+    {"audit__checkpoint_every": 999},
+    {"audit__anchors": [{"kind": "print"}]},
+    {"audit__anchors": [{"kind": "print", "required": True}]},
+    {"audit__anchors": [{"kind": "file", "path": "/a"}]},
+    {"audit__anchors": [{"kind": "git", "repository": "/a"}]},
 ]
 
 
@@ -126,7 +133,10 @@ class TestLaterKeys:
         policy = small(**changes)
         said = json.loads(canonical(policy))
         for profile in said["sandbox"]["profiles"].values():
-            places = (profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits")), (said["tools"], ("tools",))
+            places = (
+                *((profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits"))),
+                *((said["tools"], ("tools",)), (said["audit"], ("audit",)), (said, ())),
+            )
             for section, way in places:
                 assert not [key for key, value in _LATER[way].items() if key in section and section[key] == value]
                 section |= {key: value for key, value in _LATER[way].items() if key not in section}
@@ -142,7 +152,8 @@ class TestLaterKeys:
         """Where this fails, a default has changed. Leave the table alone: then the digest changes with the meaning."""
         said = small().model_dump(mode="json")
         profile = said["sandbox"]["profiles"]["offline"]
-        section = {"*": profile, "limits": profile["limits"], "tools": said["tools"]}[way[-1]]
+        sections = {"*": profile, "limits": profile["limits"], "tools": said["tools"], "audit": said["audit"]}
+        section = sections[way[-1]] if way else said
         assert {key: section[key] for key in before} == before
 
 
