@@ -250,6 +250,8 @@ def _resolve(loc: tuple[str | int, ...]) -> tuple[Where, Any]:
     where: list[str | int] = []
     here: Any = GuardPolicy
     for step in loc:
+        if step == "[key]":
+            continue  # what pydantic appends where a name is wrong, rather than what stands under it
         if tagged := _tagged(here):
             here = tagged.get(str(step))
         else:

@@ -47,6 +47,15 @@ promotion:
     - {metric: correct, good: up, min: 0, max: 1, max_gain: 0.2, max_loss: 0.1}
 """
 
+KEYS = (
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKZIC8qPFHdci/uLJzW7/ENIUqh/TNspKTxxffonb55U",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIH+ZcwkDDhL3kyaBPD1bGINkO3tpwL/macOig39fa29j",
+    "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIFFPB+xbYcA1cEfkHDcOLy0kVHjhrq9T4gExQbqIHhWZ",
+)
+"""Public keys whose private halves nobody has."""
+
+RESUME = {"approvals": 1, "people": {"dana": [KEYS[0]], "eli": [KEYS[1]], "fay": [KEYS[2]]}}
+
 
 def edited(*edits: tuple[str, str], text: str = SMALL) -> str:
     """The text with each (old, new) replaced once; an edit that changes nothing is a mistake of the test."""

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_kit import small
+from policy_kit import KEYS, RESUME, small
 from test_policy_decide import CALLS, policy, rule_lists
 
 from loopguard.policy.decide import decide
@@ -25,6 +25,7 @@ A = {"host": "a.example.org", "port": 443}
 B = {"host": "b.example.org", "port": 443}
 SECRET = A | {"secret_headers": {"X": "K"}}
 SKIP = {"on_trip": "skip", "skip_at_most": {"updates": 2, "per": 100}}
+ANOTHER_KEY = [f'valid-before="20400101Z" {KEYS[0]}']
 
 # (changes of the old policy, changes of the new one, direction); the way back of a tightening is a loosening.
 TABLE = [
@@ -134,6 +135,15 @@ TABLE = [
     ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 2, "per": 200}}}, "tightened"),
     ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 1, "per": 50}}}, "loosened"),
     ({}, {"audit__reserve": "8MiB"}, "tightened"),
+    ({}, {"resume": RESUME}, "tightened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"approvals": 2}}, "tightened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"within": "1h"}}, "tightened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"execute_within": "30m"}}, "tightened"),
+    ({"resume": RESUME | {"requester_may_approve": True}}, {"resume": RESUME}, "tightened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"people": {"eli": [KEYS[1]], "dana": [KEYS[0]]}}}, "tightened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"people": dict(reversed(RESUME["people"].items()))}}, "same"),
+    ({"resume": RESUME}, {"resume": RESUME | {"people": RESUME["people"] | {"dana": ANOTHER_KEY}}}, "loosened"),
+    ({"resume": RESUME}, {"resume": RESUME | {"approvals": 2, "within": "48h"}}, "loosened"),
 ]  # fmt: skip
 
 
@@ -219,6 +229,7 @@ FULL = {
     "data__recheck": RECHECK,
     "data__freeze_above": {"quarantined_share": 0.5, "of_at_least": 20},
     "freeze": SKIP,
+    "resume": RESUME,
 }
 
 # Keys where no value is tighter than another, each for a reason.

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_kit import SMALL, edited, small
+from policy_kit import RESUME, SMALL, edited, small
 
 from loopguard.policy.load import _LATER, canonical, digest, load, shipped
 from loopguard.policy.schema import GuardPolicy
@@ -114,6 +114,9 @@ OTHER = [
     {"audit__anchors": [{"kind": "print", "required": True}]},
     {"audit__anchors": [{"kind": "file", "path": "/a"}]},
     {"audit__anchors": [{"kind": "git", "repository": "/a"}]},
+    {"resume": RESUME},
+    {"resume": RESUME | {"approvals": 2}},
+    {"resume": RESUME | {"within": "12h"}},
 ]
 
 
