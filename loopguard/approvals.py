@@ -47,14 +47,17 @@ class Consent:
 
 
 def book(run_dir: Path, *, stream: str = read.CONTROLLER) -> Book:
-    """What the log of a run says so far of its freezes and approvals. Raises AuditTamperedError, AuditError."""
+    """What the log of a run says so far of its freezes and approvals; nothing, where a run has no log yet.
+
+    Raises AuditTamperedError, AuditError.
+    """
 
     def hash_at(seq: int) -> str | None:
         entry = read.at(run_dir, stream, seq)
         return entry.hash if entry else None
 
     found = Book(hash_at=hash_at)
-    for entry in read.entries(run_dir, stream, types=TYPES):
+    for entry in read.entries(run_dir, stream, types=TYPES) if read.segments(run_dir, stream) else ():
         found.feed(entry)
     return found
 

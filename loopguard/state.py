@@ -474,7 +474,8 @@ def waiting(run_dir: Path, kind: RequestKind) -> list[Request]:
 def standing(run_dir: Path) -> Standing:
     """Where a run stands, from its files alone. Raises UsageError where `run_dir` is not a run directory."""
     facts = run_facts(run_dir)
-    turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
+    # A run that is just starting has its directory first, and then its log.
+    turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS)) if read.segments(run_dir, CONTROLLER) else []
     freeze, reason = _told(turns[-1] if turns else None)
     since = turns[-1].ts if freeze else None
     acknowledged = True

@@ -23,7 +23,7 @@ _MOST_CHARS = 200
 _QUIET = frozenset(
     (
         *("run.started", "run.finished", "policy.loaded", "eval.finished", "promotion.applied"),
-        *("resume.applied", "note.added", "model.attached", "snapshot.written", "update.expected"),
+        *("resume.applied", "approval.given", "note.added", "model.attached", "snapshot.written", "update.expected"),
     )
 )
 
@@ -144,6 +144,8 @@ _TELLERS: dict[str, Callable[[_Body], dict[str, Any] | None]] = {
     "freeze.requested": _picked("by", "reason"),
     "freeze.entered": _freeze,
     "resume.requested": _picked("by", "reason"),
+    "approval.given": _picked("person", "key", "of"),
+    "approval.refused": _picked("code", "person", "reason"),
     "resume.applied": _picked("freeze", "by", "reason", "disposition"),
     "note.added": _picked("by", "text"),
     "sandbox.removed": _removed,

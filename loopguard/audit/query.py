@@ -373,7 +373,15 @@ def resumed_told(freeze: Freeze) -> str:
     if entry is None:
         return ""
     lasted = duration(freeze.entered.ts, entry.ts)
-    return f"by {entry.body.get('by')} after {lasted}: {entry.body.get('reason')} ({entry.body.get('disposition')})"
+    told = f"by {entry.body.get('by')} after {lasted}: {entry.body.get('reason')} ({entry.body.get('disposition')})"
+    people = approved_by(entry)
+    return f"{told}, approved by {' and '.join(people)}" if people else told
+
+
+def approved_by(entry: Entry) -> list[str]:
+    """Who approved a resume; empty where one name was enough."""
+    given = entry.body.get("approvals")
+    return [str(each.get("person")) for each in given if isinstance(each, dict)] if isinstance(given, list) else []
 
 
 def amount(value: Any) -> str:

@@ -169,7 +169,7 @@ class _Told:
                 self.freezes.append((self._update if at is None else at, self.story.freezes[-1]))
             case "tool.decided" | "tool.finished" | "tool.lost":
                 self._call(entry)
-            case "resume.applied" | "policy.adopted" | "freeze.requested" | "note.added":
+            case "resume.applied" | "approval.given" | "policy.adopted" | "freeze.requested" | "note.added":
                 self.people.append(entry)
             case _:
                 pass  # the story has it
@@ -549,7 +549,14 @@ class _View:
         who = str(body.get("by") or entry.actor.get("id", ""))
         did = entry.type.replace(".", " ")
         if entry.type == "policy.adopted":
-            return who, did, f"{query.short(body.get('from'))} to {query.short(body.get('to'))}, {body.get('change')}"
+            approved = ", approved" if body.get("approved") else ""
+            return (
+                who,
+                did,
+                f"{query.short(body.get('from'))} to {query.short(body.get('to'))}, {body.get('change')}{approved}",
+            )
+        if entry.type == "approval.given":
+            return who, did, f"with key {body.get('key')}"
         return who, did, str(body.get("reason") or body.get("text") or "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
@@ -161,20 +162,43 @@ def _read(path: Path) -> str:
 
 def _tell(run_dir: Path, approval: str, statement: Statement, *, wait_s: float) -> None:
     """Say what became of an approval, and exit accordingly."""
-    from loopguard.approvals import book
-
     if not settle(run_dir, approval, wait_s=wait_s):
         print(f"{run_dir}: the approval is there, and the loop has not counted it yet", file=sys.stderr)
         raise typer.Exit(1)
     if (why := refusal(run_dir, approval)) is not None:
         print(f"not counted: {why}", file=sys.stderr)
         raise typer.Exit(1)
-    told = book(run_dir)
+    told = _acted(run_dir, wait_s=wait_s)
     if told.freeze != statement.freeze:
         print(f"{run_dir} may go on: {statement.freeze} ended, as {_names(run_dir, approval)} agreed")
         return
     print(f"counted as {_names(run_dir, approval)}: {_how_many(told)}")
+    if told.pending is None:
+        print(f"{run_dir} stays frozen: {_last_refusal(run_dir)}", file=sys.stderr)
+        raise typer.Exit(1)
     raise typer.Exit(4)
+
+
+def _acted(run_dir: Path, *, wait_s: float) -> Book:
+    """What the log says once a loop that has counted enough approvals has acted on them, or was given the time to."""
+    from loopguard.approvals import book
+
+    deadline = time.monotonic() + wait_s
+    while True:
+        told = book(run_dir)
+        enough = (
+            told.pending is not None and told.rule is not None and len(told.pending.approvals) >= told.rule.approvals
+        )
+        if not enough or time.monotonic() >= deadline:
+            return told
+        time.sleep(0.1)
+
+
+def _last_refusal(run_dir: Path) -> str:
+    from loopguard.audit import read
+
+    *_, last = read.entries(run_dir, types=("approval.refused",))
+    return str(last.body.get("reason"))
 
 
 def _names(run_dir: Path, approval: str) -> str:

@@ -71,6 +71,27 @@ def freezes(run_dir: RunDir, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def approvals(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """List who asked for a resume, who approved it with which key, what was refused and why, and what went on.
+
+    loopguard audit approvals runs/toolformer
+
+    Exit codes: 0 listed, also where there is none; 2 no log there; 6 a record was altered.
+    """
+    from loopguard.audit import read
+    from loopguard.audit.events import canonical, fields_of
+
+    types = ("resume.requested", "approval.given", "approval.refused", "resume.applied")
+    found = list(read.entries(run_dir, types=types))
+    if as_json:
+        print(f"[{','.join(canonical(fields_of(entry)) for entry in found)}]")
+    elif not found:
+        print(f"{run_dir} was never asked to resume", file=sys.stderr)
+    else:
+        _table(["when", "what", "who", "key", "says"], [_approval_row(entry) for entry in found])
+
+
+@app.command()
 def cycle(
     run_dir: RunDir,
     number: Annotated[int | None, typer.Argument(metavar="[N]", help="Only this cycle.", show_default=False)] = None,
@@ -248,6 +269,25 @@ def _value(value: Any) -> str:
         return short(value) if is_digest(value) else value
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 160 else f"{text[:160]}..."
+
+
+def _approval_row(entry: Entry) -> list[str]:
+    from loopguard.audit.query import approved_by, when
+
+    body = entry.body
+    who = str(body.get("by") or body.get("person") or "-")
+    says = str(body.get("reason") or "")
+    match entry.type:
+        case "resume.requested":
+            what = f"asked for {body.get('freeze')}"
+        case "approval.given":
+            what, says = "approved", f"signed {str(body.get('statement_sha256'))[:12]}"
+        case "approval.refused":
+            what = f"refused: {body.get('code')}"
+        case _:
+            people = approved_by(entry)
+            what = f"{body.get('freeze')} went on, {f'approved by {len(people)}' if people else 'approval: none'}"
+    return [when(entry.ts), what, who, str(body.get("key") or "-"), says]
 
 
 def _freeze_row(freeze: Freeze) -> list[str]:
