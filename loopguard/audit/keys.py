@@ -130,14 +130,14 @@ def keygen(name: str, *, folder: Path | None = None) -> tuple[Path, VerifierKey]
     key = SigningKey.made(name)
     home = folder if folder is not None else default_folder()
     _refuse_inside_a_run(home)
-    path = home / KEY_FILE
+    path, public = home / KEY_FILE, home / VKEY_FILE
+    if there := [file for file in (path, public) if file.exists()]:
+        tail = "take both files of the old key away first, or name another folder with --out"
+        raise UsageError(f"{there[0]} is there already, and a key is never written over: {tail}")
     try:
         home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for file, text, mode in ((path, key.text(), 0o600), (home / VKEY_FILE, str(key.public), 0o644)):
-            _write_new(file, text, mode)
-    except FileExistsError as error:
-        tail = "take both files of the old key away first, or name another folder with --out"
-        raise UsageError(f"{error.filename} is there already, and a key is never written over: {tail}") from error
+        _write_new(path, key.text(), 0o600)
+        _write_new(public, str(key.public), 0o644)
     except OSError as error:
         raise UsageError(
             f"cannot write a key to {home}: {error.strerror or error}; name a folder with --out"

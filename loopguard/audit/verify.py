@@ -585,6 +585,9 @@ class _Audit:
             self.note(f"{len(self.grammar.calls)} allowed tool calls of {self.stream} have no end yet")
         if self.segments and self.chain.records == 0:
             self.find(MISSING, f"{self._folder}: the log holds no record")
+        for mark in self.marks:
+            if mark.root and not mark.proves:
+                self.note(f"{mark.origin} is not signed by a key that is trusted: it proves nothing")
         if self.segments:
             self._judge_end()
         if self.broken == REPLACED and any((mark.seq or 0) <= self.signed_to for mark in self._apart):

@@ -13,7 +13,7 @@ from loopguard.audit import read
 from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
-COMMANDS = ["show", "freezes", "cycle", "why", "verify", "report"]
+COMMANDS = ["show", "freezes", "cycle", "why", "verify", "prove", "report", "keygen"]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def run(command: str, run_dir) -> str:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_is_a_sentence_an_example_and_the_exit_codes(command):
     text = CliRunner().invoke(app, [command, "--help"]).output
-    assert f"loopguard audit {command} runs/" in text
+    assert f"loopguard audit {command} {'gpu7' if command == 'keygen' else 'runs/'}" in text
     assert "Exit codes: 0 " in text
 
 

@@ -626,7 +626,8 @@ class TestReading:
         code = """
         import sys
         import loopguard.audit.log, loopguard.audit.query, loopguard.audit.read, loopguard.audit.verify
-        print(sorted({name.partition(".")[0] for name in sys.modules} & {"structlog", "jinja2", "pydantic", "typer", "cryptography"}))
+        heavy = {"structlog", "jinja2", "pydantic", "typer", "cryptography"}
+        print(sorted({name.partition(".")[0] for name in sys.modules} & heavy))
         """
         assert script(code).communicate()[0] == "[]\n"
 
