@@ -30,7 +30,7 @@ from loopguard.consent.book import Book
 from loopguard.consent.sshsig import KeyLineError, SignatureError, fingerprint, read_key, read_signature, verifies
 from loopguard.consent.statement import SENTENCES, Code, Rule, Statement
 from loopguard.errors import UsageError
-from loopguard.state import standing, submit
+from loopguard.state import FreezeState, standing, submit
 
 MESSAGE = b"what people agree to\n"
 with_ssh_keygen = pytest.mark.skipif(
@@ -573,6 +573,36 @@ class TestTheTable:
             frozen.sign(person, statement)
         assert not frozen.state.frozen
         assert verify(frozen.path).findings == []
+
+
+class TestRanks:
+    """A rank that does not own the run records the resume with its approvals, in a stream of its own."""
+
+    @pytest.fixture
+    def follower(self, frozen):
+        log = AuditLog.open(frozen.path, stream="rank-1", run_id="run-1", policy="a" * 64, clock=frozen.clock)
+        log.append("policy.loaded", {"name": "two", "digest": "a" * 64, "resume": frozen.rule.facts()})
+        state = FreezeState(frozen.path, log, follows="rank-1")
+        state.follow(count=1, freeze="f1", reason="loss is nan")
+        yield state
+        log.close()
+
+    def test_it_holds_the_same_record_and_verifies(self, frozen, follower):
+        statement = frozen.ask()
+        frozen.sign(DANA, statement)
+        submit(frozen.path, "approval", by="", reason="", signature=ELI.sign(statement.signed_bytes()))
+        (request,) = frozen.state.requests()
+        frozen.state.resume(by=request.by, reason=request.reason, consent=request.consent)
+        follower.resume(by=request.by, reason=request.reason, consent=request.consent)
+        (own,) = read.entries(frozen.path, "rank-1", types=["resume.applied"])
+        assert own.body == frozen.told("resume.applied")[0].body
+        assert not follower.frozen
+        assert verify(frozen.path).findings == []
+
+    def test_it_does_not_go_on_without_them(self, frozen, follower):
+        with pytest.raises(UsageError, match="approvals of 2"):
+            follower.resume(by="sam", reason="x")
+        assert follower.frozen
 
 
 class TestVerify:

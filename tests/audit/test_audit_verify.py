@@ -144,6 +144,7 @@ class TestUntouched:
             33: "splice",
             34: "fork",
             40: "protocol",
+            41: "approval",
             42: "missing",
             50: "unreadable",
         }
