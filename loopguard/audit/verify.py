@@ -524,7 +524,9 @@ class _Audit:
         self.leads = False
         """Whether it is the one that speaks for the others, and has to be signed."""
         self.marks = marks
-        self.by_seq: dict[int | None, list[_Mark]] = {None: []}
+        self.by_seq: dict[int, list[_Mark]] = {}
+        self.by_hash: dict[str, _Mark] = {}
+        """Of heads that were noted without their number; what is still here was not found."""
         self.anchored_at = 0
         self.signed_to = 0
         self.signers: list[str] = []
@@ -771,8 +773,7 @@ class _Audit:
     def _remembered(self, entry: Entry, place: str) -> None:
         for mark in self.by_seq.pop(entry.seq, ()):
             self._compare(mark, entry, place)
-        if found := [mark for mark in self.by_seq[None] if mark.hash == entry.hash]:
-            self.by_seq[None] = [mark for mark in self.by_seq[None] if mark not in found]
+        if self.by_hash.pop(entry.hash, None) is not None:
             self.anchored_at = max(self.anchored_at, entry.seq)
         if (path := self._beside.pop(entry.seq, None)) is not None and self.chain.tree is not None:
             self._compare_beside(path, entry, place)
@@ -829,7 +830,10 @@ class _Audit:
         if cache.get("stream") == self.stream and type(seq) is int and seq > 0 and isinstance(digest, str):
             self.marks.append(_Mark(seq=seq, hash=digest, origin=_CACHE))
         for mark in self.marks:
-            self.by_seq.setdefault(mark.seq, []).append(mark)
+            if mark.seq is None:
+                self.by_hash[mark.hash] = mark
+            else:
+                self.by_seq.setdefault(mark.seq, []).append(mark)
         self._beside = dict(notes.stored(self._folder))
 
     def _judge_end(self) -> None:
@@ -838,7 +842,7 @@ class _Audit:
         for mark in self.marks:
             if mark.seq is not None and mark.seq > self.chain.head.seq:
                 self.find(TRUNCATED, f"{mark.origin} is record {mark.seq}; {end}")
-        for mark in self.by_seq[None]:
+        for mark in self.by_hash.values():
             self.find(TRUNCATED, f"no record has the hash of {mark.origin}: the tail was cut, or the log replaced")
         for size, path in self._beside.items():
             if size > self.chain.head.seq:

@@ -12,6 +12,8 @@ from loopguard.policy.load import _LATER
 
 SANDBOX = ("sandbox", "profiles", "*")
 RULE = "tools__rules__0__"
+PRINTED = {"kind": "print"}
+PLACE = {"kind": "file", "path": "/mnt/a"}
 CELL = "sandbox__profiles__offline__"
 LIMITS = f"{CELL}limits__"
 FREEZE = "tools__freeze_above__"
@@ -135,6 +137,12 @@ TABLE = [
     ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 2, "per": 200}}}, "tightened"),
     ({"freeze": SKIP}, {"freeze": SKIP | {"skip_at_most": {"updates": 1, "per": 50}}}, "loosened"),
     ({}, {"audit__reserve": "8MiB"}, "tightened"),
+    ({}, {"audit__checkpoint_every": 500}, "tightened"),
+    ({}, {"audit__anchors": [PRINTED]}, "tightened"),
+    ({"audit__anchors": [PRINTED]}, {"audit__anchors": [PRINTED | {"required": True}]}, "tightened"),
+    ({"audit__anchors": [PRINTED]}, {"audit__anchors": [PRINTED, PLACE]}, "tightened"),
+    ({"audit__anchors": [PRINTED, PLACE]}, {"audit__anchors": [PLACE, PRINTED]}, "same"),
+    ({"audit__anchors": [PLACE]}, {"audit__anchors": [PLACE | {"path": "/mnt/b"}]}, "loosened"),
     ({}, {"resume": RESUME}, "tightened"),
     ({"resume": RESUME}, {"resume": RESUME | {"approvals": 2}}, "tightened"),
     ({"resume": RESUME}, {"resume": RESUME | {"within": "1h"}}, "tightened"),
