@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 
@@ -599,6 +600,13 @@ class TestRanks:
         assert not follower.frozen
         assert verify(frozen.path).findings == []
 
+    def test_a_consent_travels_between_processes(self, frozen):
+        statement = frozen.ask()
+        frozen.sign(DANA, statement)
+        submit(frozen.path, "approval", by="", reason="", signature=ELI.sign(statement.signed_bytes()))
+        (request,) = frozen.state.requests()
+        assert pickle.loads(pickle.dumps(request.consent)) == request.consent
+
     def test_it_does_not_go_on_without_them(self, frozen, follower):
         with pytest.raises(UsageError, match="approvals of 2"):
             follower.resume(by="sam", reason="x")
@@ -650,6 +658,15 @@ class TestVerify:
         frozen.freeze()
         frozen.log.append("resume.applied", dict(before.body) | {"freeze": "f2"})
         assert self.code(frozen) == 41
+
+    def test_a_key_that_nobody_can_read_is_nobodys(self, tmp_path):
+        room = Room(tmp_path / "run", people={"dana": ("ssh-ed25519 AAAA", DANA.line), "eli": ("no key",)})
+        room.freeze()
+        statement = room.ask()
+        room.sign(DANA, statement)
+        room.sign(ELI, statement)
+        assert (room.pending.people, room.codes()) == (["dana"], ["unknown_key"])
+        room.close()
 
     def test_a_rule_that_nobody_can_read_lets_nobody_resume(self, room):
         room.log.append("policy.loaded", {"name": "two", "digest": "a" * 64, "resume": {"approvals": "none"}})

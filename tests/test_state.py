@@ -172,6 +172,20 @@ class TestRequests:
         assert list(state.requests()) == []
         assert (run.path / "requests" / "done" / "x.json").exists()
 
+    @pytest.mark.parametrize("content", ["[" * 50_000, '{"kind": "note", "by": "x", "reason": "' + "ä" * 40_000 + '"}'])
+    def test_what_nobody_could_record_is_set_aside_and_said(self, run, content):
+        """A hostile file must not keep a loop from its gates."""
+        state = run.open()
+        (run.path / "requests").mkdir()
+        (run.path / "requests" / "x.json").write_text(content)
+        assert list(state.requests()) == []
+        assert not state.stirred()
+
+    def test_the_largest_request_fits_into_a_record(self, run):
+        state = run.open()
+        submit(run.path, "note", by="dana", reason="ä" * 10_000)
+        assert [r.reason for r in state.requests()] == ["ä" * 10_000]
+
     def test_without_a_living_loop_they_are_settled_by_whoever_takes_the_lock(self, run):
         submit(run.path, "freeze", by="dana", reason="looks wrong")
         state = run.open()

@@ -130,9 +130,10 @@ def _sign(statement: Statement, key: Path) -> str:
     with TemporaryDirectory() as folder:
         message = Path(folder) / "statement.json"
         message.write_bytes(statement.signed_bytes())
-        command = ["ssh-keygen", "-Y", "sign", "-n", NAMESPACE, "-f", str(key), str(message)]
+        command = ["ssh-keygen", "-q", "-Y", "sign", "-n", NAMESPACE, "-f", str(key), str(message)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=_MAX_KEY_WAIT_S, check=False)
+            # What it asks for, such as the touch of a key, it says on standard error: a person has to see that.
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=_MAX_KEY_WAIT_S, check=False)
         except FileNotFoundError:
             raise UsageError(
                 "ssh-keygen is not installed (package openssh-client): sign what --print prints elsewhere, and hand it "
@@ -141,7 +142,7 @@ def _sign(statement: Statement, key: Path) -> str:
         except subprocess.TimeoutExpired:
             raise UsageError(f"ssh-keygen did not sign within {_MAX_KEY_WAIT_S} s") from None
         if done.returncode != 0:
-            raise UsageError(f"ssh-keygen signed nothing with {key}: {done.stderr.strip()}")
+            raise UsageError(f"ssh-keygen signed nothing with {key} (it ended with {done.returncode})")
         return message.with_suffix(".json.sig").read_text(encoding="ascii")
 
 

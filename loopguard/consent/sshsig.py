@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 NAMESPACE = "loopguard-approve@v1"
 """What an approval is signed for. A signature over a commit or a file of the same bytes is no approval."""
 
-MAX_SIGNATURE_BYTES = 16 * 1024
-"""Of an armored signature. One by a 16384-bit RSA key has a third of this."""
+MAX_SIGNATURE_BYTES = 8 * 1024
+"""Of an armored signature. One by a 16384-bit RSA key has two thirds of this, and ten of them fit into a record."""
 
 _MAGIC = b"SSHSIG"
 _ARMOR = re.compile(r"\s*-----BEGIN SSH SIGNATURE-----\s+([A-Za-z0-9+/=\s]+?)\s*-----END SSH SIGNATURE-----\s*")

@@ -581,7 +581,7 @@ class Freeze(Section):
 class Resume(Section):
     """Who has to agree before a frozen run goes on."""
 
-    approvals: Annotated[int, Field(ge=1, le=20)] = Field(description="how many people have to agree")
+    approvals: Annotated[int, Field(ge=1, le=10)] = Field(description="how many people have to agree")
     people: dict[PersonName, Annotated[tuple[SignerKey, ...], Field(max_length=20)]] = Field(
         max_length=100, description="who may approve: a name, and that person's public SSH keys"
     )
