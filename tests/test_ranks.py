@@ -153,6 +153,9 @@ def test_status_says_frozen_and_both_streams_verify(folder, capsys):
     with pytest.raises(SystemExit, match="4"):
         main(["status", str(run_dir)])
     assert "rank 1 tripped bounds:loss" in capsys.readouterr().out
+    both = verify(run_dir)
+    assert (both.code, both.findings, [one.name for one in both.streams]) == (UNANCHORED, [], ["controller", "rank-1"])
+    assert both.streams[1].proven > 1, "rank 0 says where rank 1 stood at the freeze"
     for stream in ("controller", "rank-1"):
         assert verify(run_dir, stream=stream).code in (OK, UNANCHORED)
         (freeze,) = entries(folder, "ddp-nan", stream, "freeze.entered")
