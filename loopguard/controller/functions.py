@@ -204,12 +204,17 @@ def check_signature(function: types.FunctionType, *, what: str = "") -> None:
 def check_rule(guard: LoopGuard, name: str) -> None:
     """Raises UsageError where no rule names a tool: a slip in a name would be a tool that is never allowed."""
     known = {rule.tool for rule in guard.policy.tools.rules}
-    if name not in known:
-        profile = next(iter(guard.policy.sandbox.profiles), "PROFILE")
+    rule = f"    - {{id: {name.lower()}, tool: {name}, then: run, sandbox: "
+    if not known:
         raise UsageError(
-            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known)) or 'none'}): "
-            f"rename the function, or add under tools.rules\n\n"
-            f"    - {{id: {name.lower()}, tool: {name}, then: run, sandbox: {profile}}}"
+            f"the guard policy has no tools, so the tool {name!r} would be refused every time: add to it\n\n"
+            f"tools:\n  rules:\n{rule}offline}}\n"
+            f"sandbox:\n  profiles:\n    offline: {{image: 'loopguard/python:1'}}"
+        )
+    if name not in known:
+        raise UsageError(
+            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known))}): "
+            f"rename the function, or add under tools.rules\n\n{rule}{next(iter(guard.policy.sandbox.profiles))}}}"
         )
 
 

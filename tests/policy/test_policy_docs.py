@@ -70,5 +70,14 @@ def test_and_so_they_do_where_units_are_written(section):
 def test_the_keys_that_the_digest_leaves_out_are_named():
     (said,) = re.findall(r"so a file\nwithout them keeps its digest: (.*?)\n\n", PAGE, re.DOTALL)
     profile, limits, tools = _LATER.values()
-    assert set(re.findall(r"`(?:\w+: )?(\w+)", said)) >= {"multi", "1000", "false", "egress", "64", "8MiB", "8", "budget"}
+    assert set(re.findall(r"`(?:\w+: )?(\w+)", said)) >= {
+        "multi",
+        "1000",
+        "false",
+        "egress",
+        "64",
+        "8MiB",
+        "8",
+        "budget",
+    }
     assert len(re.findall(r"`", said)) == 2 * (len(profile) + len(limits) + len(tools))
