@@ -245,6 +245,26 @@ class TestTheRunItself:
             assert observer.wrap_environment(dict) is dict
 
     @pytest.mark.parametrize(
+        ("use", "name"),
+        [
+            (lambda observer: observer.tool(len), "len"),
+            (lambda observer: observer.tool("python"), "python"),
+            (lambda observer: observer.wrap_environment(dict), "dict"),
+            (lambda observer: next(observer.cycles(1)).tool("sh"), "sh"),
+            (lambda observer: None, ""),
+        ],
+    )
+    def test_its_tools_are_in_the_policy_that_is_suggested_and_without_one_no_sandbox_is(self, tmp_path, use, name):
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            use(observer)
+            use(observer)
+        told = [entry.body["tool"] for entry in events(tmp_path / "seen", "tool.observed")]
+        assert told == ([name] if name else [])
+        assert command("init", "--from-run", tmp_path / "seen", "--out", tmp_path / "policy.yaml") == 0
+        policy = load(tmp_path / "policy.yaml").policy
+        assert bool(policy.tools.rules) == bool(policy.sandbox.profiles) == bool(name)
+
+    @pytest.mark.parametrize(
         "call",
         [
             lambda cycle: cycle.tool("python")("print(1)"),

@@ -229,11 +229,16 @@ class Observer:
         return sum(1 for _ in texts)
 
     def tool(self, what: T) -> T:
-        """Give back what it gets: observing changes nothing, so a tool of yours runs where it always ran."""
+        """Give back what it gets: observing changes nothing, so a tool of yours runs where it always ran.
+
+        That there is one is recorded, so that the policy which is suggested has a tool gate.
+        """
+        self._has_tool(what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__))
         return what
 
     def wrap_environment(self, cls: T) -> T:
-        """Give back what it gets."""
+        """Give back what it gets, and record that it is there."""
+        self._has_tool(getattr(cls, "__name__", type(cls).__name__))
         return cls
 
     def wrap_reward(self, reward: T) -> T:
@@ -330,6 +335,12 @@ class Observer:
             raise UsageError("no model is attached: call guard.attach(model=..., optimizer=...) first")
         return self._learner
 
+    def _has_tool(self, name: str) -> None:
+        told = self._diary is None or self._closed or os.getpid() != self._pid or name in self._watch.seen.tools
+        if not told:
+            self._watch.seen.tools[name] = None
+            self._diary.write("tool.observed", {"tool": name})
+
     def _collect(self) -> None:
         """Take in the update that the device has told of meanwhile."""
         staged = self._learner.collect() if self._learner is not None else None
@@ -394,6 +405,7 @@ class ObservedCycle:
 
     def tool(self, name: str) -> _NoTool:
         """A tool that raises UsageError when it is called: there is no sandbox without a guard policy."""
+        self._observer._has_tool(name)
         return _NoTool(name)
 
     def episode(self, profile: str) -> NoReturn:

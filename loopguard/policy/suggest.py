@@ -146,6 +146,8 @@ class Suggestion:
         self.updates = 0
         self.by_reward = False
         """Whether the trainer is one whose loss is a policy-gradient surrogate."""
+        self.tools: dict[str, None] = {}
+        """The names of the tools that it has, in the order in which they showed up."""
         self.tolerant = False
         """Whether a framework hands the metrics in, and knows itself which of them an update has none of."""
         self._awaited: Counter[str] = Counter()
@@ -179,6 +181,11 @@ class Suggestion:
             self.panel.setdefault(name, Metric(name, first=self.evaluations)).take(
                 value, update=self.evaluations, armed=True
             )
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the run has tools: it said so, or its trainer reports on them."""
+        return bool(self.tools) or any(name.startswith("tools/") for name in self.metrics)
 
     @property
     def loss_kind(self) -> LossKind:
