@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -20,7 +21,7 @@ import pytest
 from lab import POLICY, Lab
 
 from loopguard.controller import LoopGuard
-from loopguard.controller.functions import _ENDED, RESULT
+from loopguard.controller.functions import _ENDED, KEY_BYTES, RESULT, seal
 from loopguard.controller.source import portable
 from loopguard.errors import AuditWriteError, LoopFrozen, SandboxUnavailableError, ToolRaisedError, UsageError
 from loopguard.gates.tools import REFUSAL
@@ -44,6 +45,8 @@ TOOLS = [
     "remember",
     "dated",
     "nap",
+    "pry",
+    "repeat",
 ]
 
 
@@ -85,6 +88,32 @@ async def wait(n: int) -> int:
 
     await asyncio.sleep(0.01)
     return n
+
+
+def repeat(text: str, times: int) -> str:
+    """Say something again and again.
+
+    Args:
+        text: What.
+        times: How often.
+    """
+    return text * times
+
+
+def pry() -> list:
+    """Look into the process of this function from another one."""
+    import subprocess
+    import sys
+
+    code = """
+import os
+for name in ("mem", "environ"):
+    try:
+        print(open(f"/proc/{os.getppid()}/{name}", "r+b"))
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 async def nap(s: int) -> int:
@@ -227,7 +256,9 @@ class TestACall:
         first, second = lab.calls
         assert (first.tool, first.language, json.loads(first.code)) == ("add", "python", {"a": 1, "b": 5})
         assert first.runs == second.runs == first.program
-        assert first.reads == b'{"a": 1, "b": 5}\n'
+        assert first.reads == b'{"a": 1, "b": 5}\n' + first.stdin
+        assert len(first.stdin) == len(second.stdin) == KEY_BYTES
+        assert first.stdin != second.stdin
         bodies = lab.decided()
         assert [body["code_head"] for body in bodies] == ['{"a": 1, "b": 5}', '{"a": 7}']
         assert [body["language"] for body in bodies] == ["python", "python"]
@@ -274,6 +305,36 @@ class TestACall:
         lab.respond = lambda call: Outcome(call_id=call.id, status="ok", exit_code=0, files=files)
         with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
             guard.tool(add)(a=1)
+
+    @pytest.mark.parametrize("kept", [0, 1, 64])
+    def test_an_answer_that_its_program_did_not_sign_is_none(self, lab, kept):
+        """Whatever writes to the call's folder, such as a process that outlived the call before."""
+
+        def forge(call):
+            other = dataclasses.replace(call, stdin=bytes(KEY_BYTES))
+            answer = seal(call, {"result": 1})[:kept] + seal(other, {"result": 777})[kept:]
+            return Outcome(call_id=call.id, status="ok", exit_code=0, files={RESULT: answer})
+
+        lab.respond = forge
+        with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
+            guard.tool(add)(a=1)
+
+    @pytest.mark.parametrize("told", [[1], {}, {"kind": "x"}, 7])
+    def test_a_signed_answer_has_a_result_or_an_error(self, lab, told):
+        lab.respond = lambda call: Outcome(call_id=call.id, status="ok", exit_code=0, files={RESULT: seal(call, told)})
+        with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
+            guard.tool(add)(a=1)
+
+    def test_arguments_that_json_cannot_hold_are_refused(self, lab):
+        deep = []
+        for _ in range(5000):
+            deep = [deep]
+        with lab.open() as guard:
+            with pytest.raises(UsageError, match=r"add\(a=...\) is nested too deeply"):
+                guard.tool(add)(a=deep)
+            with pytest.raises(UsageError, match="arguments of add cannot be sent to a cell: Exceeds the limit"):
+                guard.tool(add)(a=10**5000)
+        assert lab.decided() == []
 
     @pytest.mark.parametrize("value", [object(), (1, 2), {1: 2}, [b"x"], {"deep": [{"er": {1}}]}])
     def test_arguments_that_json_would_change_are_refused_by_name(self, lab, value):
@@ -638,6 +699,19 @@ class TestInACell:
 
     def test_what_it_prints_is_not_its_result(self, cells):
         assert cells.tool(loud)(text="ä\n\u2028'\"") == "ä\n\u2028'\""
+
+    def test_a_process_of_another_program_cannot_look_into_it(self, cells):
+        """Its memory holds the key that its answer is signed with."""
+        assert cells.tool(pry)() == ["PermissionError", "PermissionError"]
+
+    def test_a_result_that_is_too_large_is_told_so(self, cells):
+        with pytest.raises(ToolRaisedError, match="^gave too large a result$"):
+            cells.tool(repeat)(text="x", times=20 << 20)
+
+    def test_any_text_comes_back_as_it_went_in(self, cells):
+        text = "\x00 \x1b[31m {0.__class__} %s \u2028 .loopguard-result \U0001f600"
+        assert cells.tool(repeat)(text=text, times=2) == text * 2
+        assert cells.tool(repeat)(text="\ud800", times=2) == REFUSAL
 
     def test_a_result_that_json_would_change_is_refused(self, cells):
         with pytest.raises(ToolRaisedError, match="the result holds a tuple"):

@@ -27,12 +27,13 @@ _PREAMBLE = "from __future__ import annotations\n"
 _FROM_GLOBALS = ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS")
 
 
-def portable(what: types.FunctionType | type) -> str:
+def portable(what: types.FunctionType | type, *, first: str = "") -> str:
     """The text that defines `what` in an empty module. Annotations in it are never evaluated.
 
-    Constants are as they are now. Raises UsageError for what cannot travel.
+    Constants are as they are now. `first` is code that runs before everything else. Raises UsageError for what cannot
+    travel.
     """
-    return _PREAMBLE + "\n".join(_Text(what).parts)
+    return _PREAMBLE + first + "\n".join(_Text(what).parts)
 
 
 class _Text:
