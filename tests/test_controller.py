@@ -502,6 +502,44 @@ class TestAttach:
             assert not torch.equal(before[1], second.weight)
 
 
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no distributed package with gloo",
+)
+class TestShardsOnOneRank:
+    """FSDP2 with nobody to share with: nothing of such a state could be kept."""
+
+    @pytest.fixture
+    def shards(self):
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        model = fully_shard(torch.nn.Linear(2, 1), mesh=init_device_mesh("cpu", (1,)))
+        yield {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
+        dist.destroy_process_group()
+
+    def test_attach_says_what_to_do_and_holds_nothing(self, lab, shards):
+        with lab.open() as guard:
+            with pytest.raises(UsageError, match=r"weight is sharded .* with several, as `torchrun .* or do not shard"):
+                guard.attach(**shards)
+            before = shards["model"].weight.to_local().detach().clone()
+            shards["model"](torch.ones(1, 2)).sum().backward()
+            shards["optimizer"].step()  # nobody is asked about it
+            assert not torch.equal(shards["model"].weight.to_local(), before)
+            lab.build(guard)
+        assert len(lab.events("model.attached")) == 1
+
+    def test_an_observer_which_keeps_nothing_takes_it(self, tmp_path, shards):
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            observer.attach(**shards)
+            for cycle in observer.cycles(1):
+                loss = shards["model"](torch.ones(1, 2)).square().sum()
+                loss.backward()
+                assert cycle.update(loss=loss).allowed
+
+
 class TestWithoutTools:
     """Under a guard policy without `tools` and `sandbox` a loop is guarded as any other, and has no sandbox."""
 

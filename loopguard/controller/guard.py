@@ -351,7 +351,10 @@ class LoopGuard:
             raise UsageError(f"attach(loop=...) got a {type(loop).__name__}; it needs state_dict and load_state_dict")
 
     def _hold(self, learner: Learner, *, loop: LoopState | None, config: Mapping[str, Any] | None) -> None:
-        """Take a learner in, and meet the other ranks."""
+        """Take a learner in, and meet the other ranks. Raises UsageError, holding nothing, where it cannot be kept."""
+        if trouble := learner.unkeepable():
+            learner.let_go()
+            raise UsageError(f"attach: {trouble}")
         self._learner = learner
         self._loop = loop
         self._config = copy.deepcopy(dict(config or {}))

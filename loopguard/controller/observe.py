@@ -336,8 +336,9 @@ class Observer:
         return self._learner
 
     def _has_tool(self, name: str) -> None:
-        told = self._diary is None or self._closed or os.getpid() != self._pid or name in self._watch.seen.tools
-        if not told:
+        if self._diary is None or self._closed or os.getpid() != self._pid:
+            return
+        if name not in self._watch.seen.tools:
             self._watch.seen.tools[name] = None
             self._diary.write("tool.observed", {"tool": name})
 
