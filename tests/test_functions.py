@@ -15,7 +15,9 @@ import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Optional, TypeVar, get_type_hints
 
 import pytest
 from lab import POLICY, Lab
@@ -447,6 +449,71 @@ def decorated(*, a):
 NAMELESS = lambda: 1  # noqa: E731 - that is the point
 
 
+LONG = 10**5000
+KIND = TypeVar("KIND")
+
+
+@functools.cache
+def cached(a):
+    return a
+
+
+def remembers(a):
+    return cached(a)
+
+
+def calls_a_lambda():
+    return NAMELESS()
+
+
+def says_much():
+    return LONG
+
+
+def generic(a):
+    return [KIND, a]
+
+
+def relative():
+    from . import lab
+
+    return lab
+
+
+def around(SCALE):  # noqa: N803 - the name of a global, which is another
+    class Inner:
+        def reset(self):
+            return [SCALE for _ in range(2)]
+
+    class Property:
+        @property
+        def size(self):
+            return SCALE
+
+    class Body:
+        size = SCALE
+
+    def inner(a=SCALE):
+        return a
+
+    def plain(a):
+        return str(a)
+
+    return Inner, Property, Body, inner, plain
+
+
+class Settings:
+    """A class whose attributes are annotated, as those of pydantic are, which reads them."""
+
+    first: Optional[Decimal] = None  # noqa: UP045 - as many write it
+    second: NotThere = None  # noqa: F821 - that is the point
+    third: LOCK = None
+
+
+def reads_annotations():
+    return [get_type_hints(Settings, {**globals(), "NotThere": int, "LOCK": int})["first"], Settings.second]
+
+
 class TestWhatCannotBeSent:
     """Each is refused when it is wrapped, in a sentence with the way out."""
 
@@ -473,6 +540,23 @@ class TestWhatCannotBeSent:
         with lab.open() as guard, pytest.raises(UsageError, match=said):
             guard.tool(what)
 
+    @pytest.mark.parametrize(
+        ("what", "said"),
+        [
+            (remembers, "refers to cached, a _lru_cache_wrapper of this process"),
+            (calls_a_lambda, "refers to NAMELESS, a lambda: write it as a def"),
+            (says_much, "refers to LONG, a int of this process"),
+            (generic, "refers to KIND, a TypeVar of this process"),
+            (relative, "imports relative to its package"),
+            *((what, f"{what.__name__} stands in a function and refers to SCALE") for what in around(9)[:4]),
+        ],
+        ids=lambda each: getattr(each, "__name__", None),
+    )
+    def test_what_would_be_something_else_in_a_cell_is_refused(self, what, said):
+        """Or nothing at all: what stands in the same file cannot be imported there."""
+        with pytest.raises(UsageError, match=said):
+            portable(what)
+
     def test_a_bound_method_is_sent_to_environments(self, lab):
         with lab.open() as guard, pytest.raises(UsageError, match="use guard.wrap_environment on its class"):
             guard.tool(lab.build)
@@ -498,6 +582,16 @@ class TestTheText:
         assert space["add"](1) == 9
         exec(portable(dated), space)
         assert space["dated"]() == "2030-01-01T00:00:00/"
+
+    def test_what_stands_in_a_function_and_needs_nothing_of_it_can_be_sent(self):
+        space = {}
+        exec(portable(around(9)[4]), space)
+        assert space["plain"](1) == "1"
+
+    def test_annotations_of_attributes_can_be_read_where_what_they_name_can_be_sent(self):
+        space = {"__name__": "somewhere"}
+        exec(portable(reads_annotations), space)
+        assert space["reads_annotations"]() == [Optional[Decimal], None]  # noqa: UP045
 
     def test_a_name_of_the_file_goes_before_a_builtin(self):
         space = {}
