@@ -7,7 +7,8 @@ here; nothing is downloaded. With `--plant-fault` every pair from update 61 on h
 annotation tool whose columns changed places. The guard policy watches `rewards/margins`, which TRL reports beside the
 loss, by that name.
 
-Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
+Needs no Docker, since it calls no tool. `--observe` needs no guard policy either: it looks on, and says where it would
+have frozen.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def byte_tokenizer():
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>")
+    marks = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
 
 
 def pairs(count):
@@ -54,7 +56,7 @@ def pairs(count):
 
 
 def opened():
-    """The guard; or an observer in its place, which withholds nothing and needs neither a guard policy nor Docker."""
+    """The guard; or an observer in its place, which withholds nothing and needs no guard policy."""
     if options.observe:
         return LoopGuard.observe(options.run_dir)
     return LoopGuard.from_file(POLICY, run_dir=options.run_dir)

@@ -2,12 +2,14 @@
 
     python examples/trl_sft.py [RUN_DIR] [--plant-fault] [--observe]
 
-A small model learns what products look like, from a config, a tokenizer of bytes and rows that are made here; nothing is
-downloaded. One product in four has no answer, and the model learns to say "?" there. With `--plant-fault` every answer from
-update 101 on is "?", as after a merge that lost a column. The loss falls as no learning makes it fall. The guard is sure
-of it after a few updates; what they moved is undone, and the weights are those of the last evaluation that passed.
+A small model learns what products look like, from a config, a tokenizer of bytes and rows that are made here; nothing
+is downloaded. One product in four has no answer, and the model learns to say "?" there. With `--plant-fault` every
+answer from update 101 on is "?", as after a merge that lost a column. The loss falls as no learning makes it fall. The
+guard is sure of it after a few updates; what they moved is undone, and the weights are those of the last evaluation
+that passed.
 
-Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
+Needs no Docker, since it calls no tool. `--observe` needs no guard policy either: it looks on, and says where it would
+have frozen.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ def byte_tokenizer():
     inner = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>", pad_token="<|pad|>")
+    marks = {"eos_token": "<|end|>", "pad_token": "<|pad|>"}
+    return PreTrainedTokenizerFast(tokenizer_object=inner, **marks)
 
 
 def rows(count):
@@ -52,7 +55,7 @@ def rows(count):
 
 
 def opened():
-    """The guard; or an observer in its place, which withholds nothing and needs neither a guard policy nor Docker."""
+    """The guard; or an observer in its place, which withholds nothing and needs no guard policy."""
     if options.observe:
         return LoopGuard.observe(options.run_dir)
     return LoopGuard.from_file(POLICY, run_dir=options.run_dir)
