@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loopguard.integrations.transformers.contract import refuse_cycle_updates
 from loopguard.integrations.trl.attached import Generating, Reporting, Watched
 from loopguard.integrations.trl.contract import generates
 
@@ -34,6 +35,7 @@ def attach(guard: LoopGuard, trainer: Any, *, config: Mapping[str, Any] | None =
     if generates(trainer):
         Generating(guard, trainer, config=config, cycle_updates=cycle_updates)
     else:
+        refuse_cycle_updates(trainer, cycle_updates)
         Reporting(guard, trainer, config=config)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from loopguard.controller.guard import LoopGuard
     from loopguard.controller.observe import Observer
+    from loopguard.types import Decision
 
 
 class Reporting(Guarded):
@@ -60,6 +61,13 @@ class Generating(Reporting):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The trainer has written a checkpoint."""
         self._saved(args, state)
+
+    def _settle(self) -> Decision | None:
+        """Training is over: ask where all that the panel names is there."""
+        driver = self._held()
+        if driver.updates and driver.complete(driver.means()):
+            return driver.promote(driver.take_panel(), None if self.generates else self.apply)
+        return None
 
     def _around_generation(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         if self.driver is not None and self.trainer.model.training:
