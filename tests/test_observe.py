@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from loopguard.audit.verify import UNANCHORED, WARN, verify
 from loopguard.cli.app import _main
 from loopguard.controller.watch import TYPES, Watch
 from loopguard.errors import LoopFrozen, RunBusyError, UsageError
+from loopguard.policy.draft import draft
 from loopguard.policy.load import examine, load
 from loopguard.testing import fake_runtimes
 
@@ -353,8 +355,47 @@ class TestMetrics:
     def test_a_reading_that_is_no_number_is_left_out_and_named(self, tmp_path):
         with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
             observer.see({"loss": 2.0, "text": "abc", "tensor": torch.tensor(1.5)})
-        assert "Left out, since they were no numbers: text." in observer.summary()
+        assert "Left out, since they were no numbers with a name: text." in observer.summary()
         assert "tensor" in events(tmp_path / "seen", "update.applied")[0].body["readings"]
+
+    def test_nothing_that_is_handed_in_stops_the_training(self, tmp_path):
+        """Nor does a name of it reach the terminal as it is, or keep the draft from loading."""
+
+        class Broken:
+            def __float__(self):
+                raise ZeroDivisionError
+
+        names = ["a\nb: c", "\x1b[31mred", "", "- {kind: x}", "x" * 5000, "\ud800", "#", "'", "\u202e"]
+        strange = {"broken": Broken(), 3: 1.0, None: 1.0, ("a",): 2.0, "\x1b[2J\u202e": None, "complex": 1j}
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            for update in range(30):
+                observer.see({"loss": 2 + 0.1 * noise(update), **{name: noise(update) for name in names}, **strange})
+            observer.measured({**dict.fromkeys(names, 1.0), **strange, "huge": 1e308})
+            observer.measured({"huge": -1e308})
+        summary = observer.summary()
+        assert "no numbers with a name: " in summary
+        assert " and 1 more." in summary
+        assert all(char.isprintable() or char == "\n" for char in summary)
+        assert observer.findings == ()
+        path = tmp_path / "policy.yaml"
+        path.write_text(draft(observer._watch.seen))
+        assert load(path).policy.name == "suggested"
+
+    @pytest.mark.parametrize("call", ["see", "measured"])
+    def test_a_mistake_of_its_own_ends_the_watching_and_not_the_training(self, tmp_path, capsys, call):
+        class Unreadable(UserDict):
+            def items(self):
+                raise RuntimeError("what a\x1b mistake")
+
+        with LoopGuard.observe(tmp_path / "seen") as observer:
+            observer.see({"loss": 2.0})
+            getattr(observer, call)(Unreadable())
+            observer.see({"loss": 3.0})
+        said = capsys.readouterr().err
+        assert "watching ended, and the run goes on: RuntimeError: what a\\u001b mistake\n" in said
+        assert "It was watched no further, by a mistake of the observer's own: RuntimeError" in said
+        assert events(tmp_path / "seen", "update.applied")[-1].body["to"] == 1
+        assert not verify(tmp_path / "seen").findings
 
     def test_the_judgement_of_a_log_is_that_of_the_run(self, tmp_path):
         """Also with gaps, numbers that are none, late metrics and announcements."""

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, get_args
 
 from loopguard.audit import query, read
+from loopguard.audit.events import printable
 from loopguard.audit.log import AuditLog
 from loopguard.controller import directory as directories
 from loopguard.controller.cycle import Admitted
@@ -88,6 +89,8 @@ class Observer:
         self._finished: int | None = None
         """The cycle that was finished last by this process."""
         self._unreadable: set[str] = set()
+        self._stumbled = ""
+        """What went wrong in the observer itself; nothing is watched after it."""
         self._closed = False
         atexit.register(self._at_exit)
 
@@ -285,17 +288,18 @@ class Observer:
 
         Raises nothing: a reading that is no number is left out and named in the summary.
         """
-        if self._diary is None or self._closed or os.getpid() != self._pid:
+        if self._diary is None or self._closed or self._stumbled or os.getpid() != self._pid:
             return
-        values = self._numbers(readings)
-        if self._open_cycle is None:
-            self._begin_cycle(self._watch.cycle + 1)
-        update = self._watch.last + 1
-        armed = self._open_cycle is None or self._open_cycle > 0
-        decision, finding = self._watch.take(values, update=update, armed=armed, absent=absent)
-        self._diary.enter(update, values, absent=absent, signals=decision.signals)
-        if finding is not None:
-            self._foresee(finding, values)
+        with self._on_its_own():
+            values = self._numbers(readings)
+            if self._open_cycle is None:
+                self._begin_cycle(self._watch.cycle + 1)
+            update = self._watch.last + 1
+            armed = self._open_cycle is None or self._open_cycle > 0
+            decision, finding = self._watch.take(values, update=update, armed=armed, absent=absent)
+            self._diary.enter(update, values, absent=absent, signals=decision.signals)
+            if finding is not None:
+                self._foresee(finding, values)
 
     def measured(self, panel: Mapping[str, float]) -> None:
         """Take in an evaluation; the cycle ends with it, as it does where a guard would be asked to promote."""
@@ -323,8 +327,13 @@ class Observer:
         return "\n".join([f"LoopGuard observed {self.run_dir}", *(f"  {line}" for line in lines)])
 
     def _troubles(self) -> Iterator[str]:
+        if self._stumbled:
+            yield f"It was watched no further, by a mistake of the observer's own: {self._stumbled}."
         if self._unreadable:
-            yield f"Left out, since they were no numbers: {', '.join(sorted(self._unreadable))}."
+            named = sorted(self._unreadable)[:_NAMED]
+            more = len(self._unreadable) - len(named)
+            left_out = ", ".join(named) + (f" and {more:,} more" if more else "")
+            yield f"Left out, since they were no numbers with a name: {left_out}."
         if self._diary is not None and self._diary.trouble:
             yield f"The audit log is incomplete: {self._diary.trouble}."
 
@@ -364,13 +373,14 @@ class Observer:
             self._diary.write("cycle.finished", {"result": "observed"}, cycle=number, sync=True)
 
     def _evaluated(self, panel: Mapping[str, float]) -> None:
-        if self._diary is None or self._closed:
+        if self._diary is None or self._closed or self._stumbled:
             return
-        values = self._numbers(panel)
-        if self._open_cycle is None:
-            self._begin_cycle(self._watch.cycle + 1)
-        self._watch.measured(values)
-        self._diary.write("eval.finished", {"panel": values}, cycle=self._open_cycle)
+        with self._on_its_own():
+            values = self._numbers(panel)
+            if self._open_cycle is None:
+                self._begin_cycle(self._watch.cycle + 1)
+            self._watch.measured(values)
+            self._diary.write("eval.finished", {"panel": values}, cycle=self._open_cycle)
 
     def _foresee(self, finding: Finding, readings: Mapping[str, float]) -> None:
         assert self._diary is not None
@@ -381,10 +391,22 @@ class Observer:
         numbers = {}
         for name, value in values.items():
             try:
+                if not isinstance(name, str):
+                    raise TypeError
                 numbers[name] = float(value)
-            except (TypeError, ValueError, OverflowError):
-                self._unreadable.add(name)
+            except Exception:  # noqa: BLE001 - what a value raises that is asked for its number is up to its class
+                self._unreadable.add(printable(str(name)))
         return numbers
+
+    @contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Whatever goes wrong in here ends the watching, and not the training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - that is the point; it is told, and what was seen until then stays
+            self._stumbled = printable(f"{type(error).__name__}: {error}")
+            if not self._quiet:
+                sys.stderr.write(f"loopguard: watching ended, and the run goes on: {self._stumbled}\n")
 
 
 class ObservedCycle:

@@ -181,7 +181,8 @@ def _panel_rule(metric: Metric, seen: Suggestion) -> dict[str, Any]:
 
 def _room(change: float, metric: Metric, width: float | None) -> float:
     biggest = max(abs(metric.low), abs(metric.high))
-    room = max(ROOM * change, LEAST_ROOM * (width or biggest or 1.0))
+    # Within what has two digits as a float.
+    room = min(max(ROOM * change, LEAST_ROOM * (width or biggest or 1.0), 1e-300), 1e300)
     # More than half of all there is would be no limit.
     return _up(min(room, width / 2) if width else room)
 
@@ -191,8 +192,6 @@ _OURS = {"updates": _updates, "promotion": _promotion}
 
 def _up(value: float) -> float:
     """The next number with two digits."""
-    if not 0 < value < 1e300:
-        return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
 

@@ -322,7 +322,16 @@ class TestPanel:
         assert [metric.metric for metric in policy.promotion.panel] == ["reward"]
 
     @pytest.mark.parametrize(
-        "values", [(0.0, 0.0), (1e-300, 2e-300), (1e300, -1e300), (math.nan, 1.0), (math.inf, math.nan)]
+        "values",
+        [
+            (0.0, 0.0),
+            (5e-324, 1e-323),
+            (1e-300, 2e-300),
+            (1e300, -1e300),
+            (1e308, -1e308),
+            (math.nan, 1.0),
+            (math.inf, math.nan),
+        ],
     )
     def test_strange_values_still_load(self, loaded, values):
         loaded(seen(HEALTHY["a bare loop"][0], panels=[{"eval_loss": value} for value in values]))
