@@ -321,6 +321,15 @@ class TestMetrics:
         watch = watched(lambda u: {"loss": 2 + 0.1 * noise(u)} | ({"score": noise(u, 1)} if u < 60 else {}))
         assert [(one.update, one.rule) for one in watch.findings] == [(60, "missing:score")]
 
+    def test_one_that_never_moved_is_not_missed_when_it_stops_coming(self):
+        """The draft has no monitor that would miss it either, also where it comes back and moves."""
+        watch = watched(lambda u: {"loss": 2 + 0.1 * noise(u), **({"idle": 1.0} if u < 60 else {})})
+        assert watch.findings == []
+        assert "idle" not in {rule["metric"] for rule in watch.seen.rules()}
+        back = watched(lambda u: {"loss": 2 + 0.1 * noise(u), **({"idle": u > 80} if u not in (60, 61) else {})})
+        assert back.findings == []
+        assert "idle" not in {rule["metric"] for rule in back.seen.rules()}
+
     def test_one_that_is_named_absent_may_come_and_go(self):
         watch = Watch()
         for update in range(1, 101):

@@ -134,6 +134,8 @@ class Watch:
         absent = {*absent, *self._given_up}
         if self.seen.tolerant:
             absent |= self.seen.metrics.keys() - {"loss"}
+        if self.seen.gave_up(readings, absent=absent):
+            self._join([])
         try:
             decision = self._gate.decide(readings, update=update, armed=armed, absent=absent)
         except MonitorError as error:

@@ -174,6 +174,22 @@ class Suggestion:
             metric.rules, metric.why_not = self._fitting(metric, self._taken())
         return ready
 
+    def gave_up(self, readings: Mapping[str, float], *, absent: Collection[str] = ()) -> bool:
+        """Whether metrics have stopped coming that never moved; from now on they are not watched.
+
+        This can be taken back, for once: nothing could have tripped on one value, and of one that never moved the draft
+        has no monitor that would miss it.
+        """
+        gone = [
+            metric
+            for name, metric in self.metrics.items()
+            if metric.rules and name not in _ALWAYS and name not in readings and name not in absent
+            if metric.low == metric.high
+        ]
+        for metric in gone:
+            metric.rules, metric.why_not = (), _MISSED
+        return bool(gone)
+
     def measured(self, panel: Mapping[str, float]) -> None:
         """Take in an evaluation."""
         self.evaluations += 1
