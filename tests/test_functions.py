@@ -25,7 +25,14 @@ from lab import POLICY, Lab
 from loopguard.controller import LoopGuard
 from loopguard.controller.functions import _ENDED, KEY_BYTES, RESULT, seal
 from loopguard.controller.source import portable
-from loopguard.errors import AuditWriteError, LoopFrozen, SandboxUnavailableError, ToolRaisedError, UsageError
+from loopguard.errors import (
+    AuditWriteError,
+    LoopFrozen,
+    SandboxBusyError,
+    SandboxUnavailableError,
+    ToolRaisedError,
+    UsageError,
+)
 from loopguard.gates.tools import REFUSAL
 from loopguard.testing import raised, returned
 from loopguard.types import Outcome
@@ -633,6 +640,26 @@ class TestTheRunStops:
                 lab.update(cycle)
         (freeze,) = lab.events("freeze.entered")
         assert (freeze.body["gate"], freeze.body["rule"]) == ("tool", "sandbox")
+
+    def test_so_do_more_callers_than_may_wait_and_the_reason_says_what_to_raise(self, tmp_path):
+        """What nobody ran has no answer, and an error in its place is one that the model did not earn."""
+        lab = FunctionLab(tmp_path, profile=", cells: 1, queue: 1")
+        ended = threading.Event()
+        lab.respond = lambda call: returned(call, ended.wait(20))
+
+        async def three(tool):
+            calls = [asyncio.ensure_future(tool(n=n)) for n in range(3)]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            ended.set()
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        with lab.open() as guard:
+            *_, last = asyncio.run(three(guard.tool(wait)))
+        assert isinstance(last, SandboxBusyError)
+        (freeze,) = lab.events("freeze.entered")
+        assert (
+            "than sandbox.profiles.offline.queue lets wait for sandbox.profiles.offline.cells" in freeze.body["reason"]
+        )
 
     def test_so_does_one_that_dies_under_an_awaited_call(self, lab):
         lab.respond = lambda call: SandboxUnavailableError("the engine is gone")

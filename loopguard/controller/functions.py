@@ -23,7 +23,7 @@ import uuid
 from typing import TYPE_CHECKING, Any
 
 from loopguard.controller.source import portable
-from loopguard.errors import SandboxError, ToolRaisedError, UsageError
+from loopguard.errors import SandboxBusyError, SandboxError, ToolRaisedError, UsageError
 from loopguard.gates.tools import REFUSAL
 from loopguard.types import Decision, Outcome, ToolCall
 
@@ -330,6 +330,9 @@ def lost(guard: LoopGuard, call: ToolCall, error: SandboxError, *, resumes: int)
     if guard.frozen or guard._resumes != resumes:
         return Outcome(call_id=call.id, status="denied", refusal=REFUSAL)
     reason = f"the sandbox failed under a call of {call.tool}: {error}"
+    if isinstance(error, SandboxBusyError):
+        where = f"sandbox.profiles.{guard._cells.profile_of(call.tool)}"
+        reason = f"more calls of {call.tool} wait than {where}.queue lets wait for {where}.cells cells: raise either"
     freeze(guard, Decision(result="freeze", gate="tool", rule="sandbox", reason=reason))
     raise error
 
