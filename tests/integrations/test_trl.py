@@ -158,6 +158,20 @@ class TestWhoGenerates:
         grpo.train(trainer)
         assert [entry.body["result"] for entry in grpo.events("promotion.decided")] == ["allow"] * 2
 
+    def test_an_evaluation_says_nothing_of_weights_that_have_moved_since(self, grpo):
+        """Two updates for each generation, and an evaluation after every third: the next generation is one later."""
+        grpo.write(panel="{metric: eval_reward, good: up, max_gain: 1, max_loss: 1}", monitors=BOUNDS % "1000")
+        arguments = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+        grpo.train(make_grpo(grpo.tmp_path, 6, evaluated=True, num_iterations=2, **arguments))
+        assert [entry.body["update"] for entry in grpo.events("snapshot.written")] == [6]
+
+    def test_an_evaluation_beside_a_panel_of_rewards_is_for_the_record(self, grpo):
+        """Also after the last update, when no generation follows it."""
+        arguments = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+        grpo.train(make_grpo(grpo.tmp_path, 4, evaluated=True, **arguments))
+        assert [entry.body["result"] for entry in grpo.events("promotion.decided")] == ["allow"] * 4
+        assert "eval_reward" in grpo.events("eval.finished")[-1].body["unjudged"]
+
     def test_cycle_updates_ask_less_often(self, grpo):
         trainer = make_grpo(grpo.tmp_path, 6)
         with grpo.open() as guard:
