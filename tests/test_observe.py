@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -24,6 +25,8 @@ from loopguard import LoopGuard, Observer, Provenance, Record
 from loopguard.audit import read
 from loopguard.audit.verify import UNANCHORED, WARN, verify
 from loopguard.cli.app import _main
+from loopguard.controller.cycle import Cycle
+from loopguard.controller.observe import ObservedCycle
 from loopguard.controller.watch import TYPES, Watch
 from loopguard.errors import LoopFrozen, RunBusyError, UsageError
 from loopguard.policy.draft import draft
@@ -640,6 +643,35 @@ def examine_draft(run_dir):
     loaded, lints = examine(policy)
     assert lints == []
     return loaded == load(policy)
+
+
+@pytest.mark.parametrize(("observed", "guarded"), [(Observer, LoopGuard), (ObservedCycle, Cycle)])
+def test_it_takes_whatever_a_loop_hands_to_a_guard(observed, guarded):
+    """So that the two can be swapped in one line."""
+    ours = {"from_file", "observe"}
+    drivers = {"ticked", "outlived"}  # for what drives a framework's trainer, which an observer has another of
+    for name in {name for name in dir(guarded) if not name.startswith("_")} - ours - drivers:
+        assert hasattr(observed, name), name
+        if callable(getattr(guarded, name)):
+            taken, needed = (inspect.signature(getattr(each, name)).parameters for each in (observed, guarded))
+            assert needed.keys() <= taken.keys(), name
+
+
+def test_a_panel_may_name_what_is_not_judged(tmp_path):
+    with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+        for cycle in observer.cycles(2):
+            cycle.decide_update(readings={"loss": 2.0})
+            cycle.promote({"correct": 0.5}, apply=lambda: None, unjudged={"seconds": 9.0})
+    assert [entry.body["unjudged"] for entry in events(tmp_path / "seen", "eval.finished")] == [{"seconds": 9.0}] * 2
+    assert list(observer._watch.seen.panel) == ["correct"]
+
+
+def test_a_run_that_is_closed_unfinished_is_not_finished(tmp_path):
+    observer = LoopGuard.observe(tmp_path / "seen", quiet=True)
+    observer.see({"loss": 2.0})
+    observer.close(finished=False)
+    assert events(tmp_path / "seen", "run.finished", "cycle.finished") == []
+    assert events(tmp_path / "seen", "update.applied")
 
 
 def test_it_is_public(tmp_path):

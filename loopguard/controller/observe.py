@@ -137,15 +137,16 @@ class Observer:
     ) -> None:
         self.close(broke=error)
 
-    def close(self, *, broke: BaseException | None = None) -> None:
+    def close(self, *, finished: bool = True, broke: BaseException | None = None) -> None:
         """Finish the record and print the summary. May be called twice.
 
-        `broke` is what ended the run early; left out, it is the exception that is under way, such as in a `finally`.
+        Not `finished` is a run that ended early. `broke` is what ended it; left out, it is the exception that is under
+        way, such as in a `finally`.
         """
         if self._closed or os.getpid() != self._pid:
             return
         broke = broke or sys.exc_info()[1]
-        finished, interrupted = broke is None, isinstance(broke, KeyboardInterrupt)
+        finished, interrupted = finished and broke is None, isinstance(broke, KeyboardInterrupt)
         # A device that broke with the run cannot tell of its last update, and must not hide why.
         with nullcontext() if finished else suppress(RuntimeError):
             self._collect()
@@ -372,7 +373,7 @@ class Observer:
             self._finished = number
             self._diary.write("cycle.finished", {"result": "observed"}, cycle=number, sync=True)
 
-    def _evaluated(self, panel: Mapping[str, float]) -> None:
+    def _evaluated(self, panel: Mapping[str, float], *, unjudged: Mapping[str, float] | None = None) -> None:
         if self._diary is None or self._closed or self._stumbled:
             return
         with self._on_its_own():
@@ -380,7 +381,8 @@ class Observer:
             if self._open_cycle is None:
                 self._begin_cycle(self._watch.cycle + 1)
             self._watch.measured(values)
-            self._diary.write("eval.finished", {"panel": values}, cycle=self._open_cycle)
+            body = {"panel": values} | ({"unjudged": self._numbers(unjudged)} if unjudged else {})
+            self._diary.write("eval.finished", body, cycle=self._open_cycle)
 
     def _foresee(self, finding: Finding, readings: Mapping[str, float]) -> None:
         assert self._diary is not None
@@ -499,13 +501,19 @@ class ObservedCycle:
         self._observer.see(readings)
         return _ALLOWED
 
-    def promote(self, panel: Mapping[str, float], *, apply: Callable[[], object] | None = None) -> Decision:
-        """Run `apply`, and record the panel. What `apply` raises is raised."""
+    def promote(
+        self,
+        panel: Mapping[str, float],
+        *,
+        apply: Callable[[], object] | None = None,
+        unjudged: Mapping[str, float] | None = None,
+    ) -> Decision:
+        """Run `apply`, and record the panel, and beside it what is `unjudged`. What `apply` raises is raised."""
         observer = self._observer
         observer._collect()
         if apply is None and observer._learner is not None and not observer._learner.same_actor:
             raise UsageError("promote(panel, apply=...) needs apply: how the actor takes the weights over")
-        observer._evaluated(panel)
+        observer._evaluated(panel, unjudged=unjudged)
         if apply is not None:
             apply()
         self.promoted = True
