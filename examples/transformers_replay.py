@@ -17,9 +17,6 @@ def build(config):
     trainer = make_trainer(tempfile.mkdtemp())
     trainer.create_optimizer_and_scheduler(UPDATES)
     trainer.model.train()
-    weights, limit = list(trainer.model.parameters()), config["training_arguments"]["max_grad_norm"]
-    # A Trainer clips between the backward pass and the step; so does this, after the norm has been read.
-    trainer.optimizer.register_step_pre_hook(lambda *_: torch.nn.utils.clip_grad_norm_(weights, limit) and None)
     return {"model": trainer.model, "optimizer": trainer.optimizer, "scheduler": trainer.lr_scheduler}
 
 

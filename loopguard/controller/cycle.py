@@ -521,6 +521,9 @@ class Cycle:
             measured = {"panel": values} | ({"unjudged": _numbers(unjudged)} if unjudged else {})
             guard._log.append("eval.finished", measured, cycle=self.number)
             own = self._judge_panel(values, previous)
+            if own.rule == "missing":
+                there = ", ".join(sorted({*values, *(unjudged or {})})) or "nothing"
+                own = replace(own, reason=f"{own.reason}; reported were {there}")
         decision = guard._agree(own, at="promote")
         body: dict[str, Any] = {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
         body |= {"panel": values, "previous": previous, "weights": learner.weights_digest()}

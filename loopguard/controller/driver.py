@@ -92,6 +92,11 @@ class Standing:
         return standing
 
     @property
+    def promoted(self) -> str:
+        """The weights that were promoted last; the empty string where none were."""
+        return self._last.weights
+
+    @property
     def _last(self) -> _Boundary:
         return self._chain[-1]
 
@@ -125,7 +130,7 @@ class Driver:
 
     def __init__(self, guard: LoopGuard) -> None:
         self._guard = guard
-        self._cycles = guard.cycles(sys.maxsize)
+        self._cycles = guard._turns(sys.maxsize)
         self._cycle: Cycle | None = None
         self._panel: dict[str, float] = {}
         """Of the evaluations since the promotion gate was asked last."""
@@ -163,6 +168,13 @@ class Driver:
         guard._hold(learner, loop=None, config=config)
         weights = learner.weights_digest()
         first = not standing.updates and guard._good.promoted is None
+        if checkpoint is None and weights in standing.known and self._starts_over(weights, standing):
+            self.release()
+            raise UsageError(
+                f"{guard.run_dir} has promoted weights of update {guard._ledger.last}, and these are others that it "
+                "knows, such as those that it began with: go on from a checkpoint "
+                "(trainer.train(resume_from_checkpoint=True)), or name a new run directory"
+            )
         if first or weights in standing.known:
             self._go_on(weights, checkpoint=None if first else checkpoint)
         elif weights in standing.undone:
@@ -176,6 +188,11 @@ class Driver:
         else:
             self._stop_at_unknown(weights, checkpoint)
         self._cycle = next(self._cycles)
+
+    def _starts_over(self, weights: str, standing: Standing) -> bool:
+        """Whether another process has got further. One that trains several times may begin where it wants."""
+        good = self._guard._good
+        return good.promoted is not None and not good.held and weights != standing.promoted
 
     def _go_on(self, weights: str, *, checkpoint: Path | None) -> None:
         guard = self._guard
@@ -252,12 +269,20 @@ class Driver:
 
     # While training
 
-    def update(self, *, loss: Any, readings: Mapping[str, Any] | None = None, absent: Collection[str] = ()) -> What:
+    def update(
+        self,
+        *,
+        loss: Any,
+        readings: Mapping[str, Any] | None = None,
+        absent: Collection[str] = (),
+        clip_norm: float | None = None,
+    ) -> What:
         """Decide about the update at hand, and take it where it is allowed; what became of it.
 
-        Raises LoopFrozen as `Cycle.update` does.
+        `clip_norm` is what the framework has clipped the gradients to, for the capsule. Raises LoopFrozen as
+        `Cycle.update` does.
         """
-        decision = self.cycle.update(loss=loss, readings=readings, absent=absent)
+        decision = self.cycle.update(loss=loss, readings=readings, absent=absent, clip_norm=clip_norm)
         if decision.result != "allow":
             return "skipped"
         if decision.rule == "overflow":
@@ -295,10 +320,13 @@ class Driver:
             self._denied = 0
         elif not cycle.outlived():
             self._count_denied(decision)
-            # Where the model is its own actor, the end of the cycle puts the promoted weights back.
-            self._cycle = next(self._cycles)
-            self._sums.clear()
+            self.turn_back()
         return decision
+
+    def turn_back(self) -> None:
+        """End the cycle without a promotion: where the model is its own actor, the promoted weights are put back."""
+        self._cycle = next(self._cycles)
+        self._sums.clear()
 
     def may_act(self) -> Decision | None:
         """Why weights that were not promoted may not generate right now; None where they may.
@@ -329,9 +357,9 @@ class Driver:
         stop = Decision(result="freeze", gate="promotion", rule="engine", reason=reason)
         self.cycle._freeze(stop, roll_back=True)
 
-    def complete(self, panel: Mapping[str, float]) -> bool:
-        """Whether these are all the metrics that the guard policy's panel names."""
-        return all(one.metric in panel for one in self._guard.policy.promotion.panel)
+    def lacking(self, panel: Mapping[str, float]) -> list[str]:
+        """The metrics that the guard policy's panel names and that are not there."""
+        return [one.metric for one in self._guard.policy.promotion.panel if one.metric not in panel]
 
     def means(self) -> dict[str, float]:
         """The readings of this cycle's updates, each as its mean, and what was evaluated since the last promotion."""

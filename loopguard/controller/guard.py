@@ -110,6 +110,8 @@ class LoopGuard:
         self._cycle: Cycle | None = None
         self._announced: list[Expectation] = []
         """Since the boundary: a rollback forgets them, and they are still to come."""
+        self._driven = False
+        """Whether a framework begins the cycles."""
         self._closed = False
 
     @classmethod
@@ -302,12 +304,14 @@ class LoopGuard:
         snapshot is missing or damaged.
         """
         if trainer is not None:
-            if model is not None or optimizer is not None:
-                raise UsageError("attach(trainer) takes the model and its optimizer from the trainer: leave them out")
+            taken = [model, optimizer, scheduler, actor, loop, scaler, averages, late]
+            if any(one is not None for one in taken):
+                raise UsageError("attach(trainer) takes model, optimizer and all else from the trainer: leave it out")
             self._check_attachable(loop=loop, config=config)
             if cycle_updates < 1:
                 raise UsageError(f"attach(cycle_updates={cycle_updates!r}): a cycle has at least 1 update")
             trainer_integration_for(trainer).attach(self, trainer, config=config, cycle_updates=cycle_updates)
+            self._driven = True
             return
         if model is None or optimizer is None:
             raise UsageError("attach needs a trainer, or model=... and optimizer=..., the one that moves its weights")
@@ -413,6 +417,11 @@ class LoopGuard:
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
+        if self._driven:
+            raise UsageError("this guard is attached to a trainer, which begins its cycles by itself: call train()")
+        return self._turns(count, warmup=warmup)
+
+    def _turns(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
         promoted = self._good.promoted
         number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
         while number <= count:

@@ -547,10 +547,31 @@ class TestWhatCannotBeGuarded:
             with pytest.raises(UsageError, match="attached to a guard already"):
                 guard.attach(trainer)
 
-    def test_a_model_beside_the_trainer_is_too_much(self, lab):
+    @pytest.mark.parametrize("beside", ["model", "scheduler", "scaler", "averages", "late"])
+    def test_what_the_trainer_has_already_is_too_much(self, lab, beside):
         trainer = make_trainer(lab.tmp_path, batches(2))
-        with lab.open() as guard, pytest.raises(UsageError, match="leave them out"):
-            guard.attach(trainer, model=trainer.model)
+        with lab.open() as guard, pytest.raises(UsageError, match="leave it out"):
+            guard.attach(trainer, **{beside: trainer.model})
+
+    def test_the_cycles_of_a_trainer_are_its_own(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            with pytest.raises(UsageError, match="call train"):
+                guard.cycles(3)
+
+    def test_a_panel_with_a_slip_in_a_name_says_what_was_reported(self, lab):
+        lab.write(panel=EVAL_LOSS.replace("eval_loss", "eval_los"))
+        trainer = make_trainer(lab.tmp_path, batches(4), eval_rows=batches(1), eval_strategy="steps", eval_steps=2)
+        with pytest.raises(LoopFrozen, match="the panel lacks eval_los; reported were eval_loss"):
+            lab.train(trainer)
+
+    def test_training_does_not_begin_again_where_another_process_got_further(self, lab):
+        """Without a checkpoint, the weights are those of the beginning: the run directory is of one that is ahead."""
+        rows = {"eval_rows": batches(1)}
+        lab.train(make_trainer(lab.tmp_path, batches(3), **rows))
+        with pytest.raises(UsageError, match="promoted weights of update 3"):
+            lab.train(make_trainer(lab.tmp_path, batches(3), **rows))
 
     def test_a_thing_that_is_no_trainer_is_named(self, lab):
         with lab.open() as guard, pytest.raises(UsageError, match="got a dict; trainers of these packages"):

@@ -199,7 +199,9 @@ class Guarded(Attached):
         if closure is not None:
             raise UsageError("the trainer gave optimizer.step() a closure: a guarded step has its gradients already")
         readings, absent = self.reported()
-        became = self._held().update(loss=self._loss(), readings=readings, absent=absent)
+        limit = self.trainer.args.max_grad_norm
+        clipped = limit if 0 < limit < math.inf else None
+        became = self._held().update(loss=self._loss(), readings=readings, absent=absent, clip_norm=clipped)
         # What accelerate says of a step that its scaler skipped: neither it nor the trainer ticks the schedule then.
         optimizer._is_overflow = became != "applied"
         optimizer._opt_called = True  # the schedule asks, since it knows this optimizer and not the one inside
@@ -222,16 +224,17 @@ class Guarded(Attached):
         self._settle()
         loaded_others = getattr(trainer.args, "load_best_model_at_end", False)
         if driver.updates and not loaded_others:
-            if not driver.complete(driver.means()) and trainer.eval_dataset is not None:
+            if driver.lacking(driver.means()) and trainer.eval_dataset is not None:
                 trainer.evaluate()
-            if driver.complete(driver.means()):
-                driver.promote(driver.take_panel(), None if self.generates else self.apply)
-            else:
+            if lacking := driver.lacking(driver.means()):
                 logger.warning(
-                    "loopguard: the last %d updates were not measured by all that the guard policy's panel names, "
-                    "so they are not promoted",
+                    "loopguard: the last %d updates are not promoted, since the guard policy's panel names %s, and "
+                    "no evaluation of them reported it",
                     driver.updates,
+                    ", ".join(lacking),
                 )
+            else:
+                driver.promote(driver.take_panel(), None if self.generates else self.apply)
         driver.end()
 
     def _let_go(self) -> None:
