@@ -156,6 +156,26 @@ class TestAQuietGuard:
             {**row, "train_runtime": 0} for row in _told(bare)
         ]
 
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_also_with_a_gradient_scaler_whose_first_scale_is_too_large(self, lab, monkeypatch, accumulated):
+        """Its overflows are no updates, and tick no schedule."""
+
+        def scaled(folder):
+            trainer = make_trainer(folder, batches(12), optim="sgd", gradient_accumulation_steps=accumulated)
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+            trainer.accelerator.native_amp = True
+            monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+            return trainer
+
+        guarded = lab.train(scaled(lab.tmp_path))
+        bare = scaled(lab.tmp_path)
+        bare.train()
+        assert same(state_of(guarded), state_of(bare))
+        assert guarded.accelerator.scaler.state_dict() == bare.accelerator.scaler.state_dict()
+        told = lab.events("update.applied", "update.overflowed")
+        overflows = sum(entry.body.get("overflows", entry.body.get("count")) for entry in told)
+        assert overflows == 12 // accumulated - guarded.lr_scheduler.state_dict()["last_epoch"] > 0
+
     def test_takes_the_guard_off_when_training_is_over(self, lab):
         """The optimizer steps as before, and a second `train()` is guarded again."""
         trainer = make_trainer(lab.tmp_path, batches(2))
