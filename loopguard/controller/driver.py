@@ -84,6 +84,8 @@ class Standing:
                     standing._back_to(body["to"])
                 case "checkpoint.saved":
                     standing._save(body["weights"])
+                case "cycle.finished" if "weights" in body:
+                    standing._save(body["weights"])
                 case "snapshot.restored":
                     standing._undo(standing._last.saved)
                     standing.restored = body["snapshot"]

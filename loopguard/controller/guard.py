@@ -782,7 +782,9 @@ class LoopGuard:
         if self._learner is not None and self._learner.same_actor and self._good.held and not keep:
             self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
         self._ledger.end_lease()
-        self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)
+        # Weights that stay are known to the log, so that another training may begin with them.
+        known = {"weights": self._learner.weights_digest()} if keep and self._learner is not None else {}
+        self._log.append("cycle.finished", {"result": "not promoted", **known}, cycle=cycle.number)
 
     # What a start finds
 

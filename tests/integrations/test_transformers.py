@@ -184,8 +184,8 @@ class TestAQuietGuard:
             trainer.train()
             trainer.optimizer.optimizer.step()
             trainer.train_dataset = batches(2, {0: nan})
-            with pytest.raises(UsageError, match="does not know"):
-                trainer.train()  # somebody has moved the weights since
+            with pytest.raises(LoopFrozen, match="loss is nan"):
+                trainer.train()
 
 
 def _told(trainer):
@@ -474,6 +474,14 @@ class TestGoingOn:
         promoted = [entry.body["weights"] for entry in lab.events("promotion.decided")]
         assert digests.before[0] == promoted[1]
         assert lab.events("model.attached")[-1].body["weights"] == promoted[1]
+
+    def test_a_trainer_can_train_again_where_it_left_off_without_a_promotion(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(3))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            trainer.train()
+            trainer.train()
+        assert lab.events("update.applied")[-1].body["to"] == 6
 
     def test_two_trainers_can_follow_each_other_under_one_guard(self, lab):
         """As in expert iteration, where each iteration makes a trainer of its own."""
