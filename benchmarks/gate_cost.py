@@ -11,6 +11,7 @@ capsule, and eight metrics that each have a `bounds` and a `jump`. Prints one JS
   that a bare step has as well: its large functions are timed inside of the guard, and what a bare step spends around
   them is taken off. The mean counts syncs and snapshots, and whatever else the machine did meanwhile.
 - `monitors_us`: one metric of one update, in the gate and in each kind of monitor.
+- `see_ms`, with --observe: one update of a framework's trainer, by how many metrics it reports, log included.
 - `same_bits`: whether both ended with the same weights and optimizer state.
 """
 
@@ -25,7 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,44 @@ def per_metric(reads: int = 20_000) -> dict[str, float]:
     return {name: round(us, 2) for name, us in found.items()}
 
 
+def per_update(names: Sequence[str], updates: int = 20_000) -> float:
+    """Milliseconds for an update that an observer is told of."""
+    noise = random.Random(0)
+    told = [{name: 1.0 + noise.gauss(0, 0.05) for name in names} for _ in range(updates)]
+    with (
+        tempfile.TemporaryDirectory(prefix="gate-cost-", dir=Path.cwd()) as folder,
+        opened(Path(folder), observe=True) as observer,
+    ):
+        start = clock()
+        for readings in told:
+            observer.see(readings)
+        seconds = clock() - start
+    return round(seconds / updates * 1e3, 3)
+
+
+FEW = ("loss", "grad_norm")
+GRPO = (
+    *FEW,
+    "clip_ratio/high_max",
+    "clip_ratio/high_mean",
+    "clip_ratio/low_mean",
+    "clip_ratio/low_min",
+    "clip_ratio/region_mean",
+    "completions/clipped_ratio",
+    "completions/max_length",
+    "completions/mean_length",
+    "completions/min_length",
+    "entropy",
+    "frac_reward_zero_std",
+    "kl",
+    "num_tokens",
+    "reward",
+    "reward_std",
+    "step_time",
+    "tools/failure_frequency",
+)
+"""What GRPO reports with a reference model and a tool."""
+
 KINDS: dict[str, dict[str, Any]] = {
     "bounds": {},
     "jump": {"good": "down", "every": 1e5},
@@ -280,6 +319,7 @@ def main() -> None:
         "fused": measure({"fused": True}, **shape),
         "foreach": measure({"foreach": True}, **shape),
         "monitors_us": per_metric(),
+        **({"see_ms": {str(len(names)): per_update(names) for names in (FEW, GRPO)}} if options.observe else {}),
         "machine": {
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),

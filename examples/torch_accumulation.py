@@ -6,7 +6,7 @@ A batch by itself moves no weight, so nothing is decided about it; it is kept, f
 `--plant-fault` one batch of the eight that make update 30 has a value that is not a number. The mean of the eight
 losses shows it, the update is withheld, and the gradients of the seven good batches go with it.
 
-Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
+Needs no Docker, since it calls no tools. With `--observe` it only looks on, and says where it would have frozen.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 With `--plant-fault` the gradient of one bias, which AdamW has, is not a number in update 30, while the loss looks as
 good as ever. The norm over the gradients of both optimizers shows it, and the matrices stay as they were as well.
 
-Needs Docker, as every guard policy does; not with `--observe`, which looks on and says where it would have frozen.
+Needs no Docker, since it calls no tools. With `--observe` it only looks on, and says where it would have frozen.
 """
 
 from __future__ import annotations

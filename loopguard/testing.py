@@ -7,7 +7,6 @@ guard = LoopGuard.from_file("policies/default.yaml", run_dir=tmp_path / "run", r
 
 from __future__ import annotations
 
-import json
 import threading
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -121,7 +120,9 @@ def raised(call: ToolCall, error: Exception) -> Outcome:
 
 
 def _answered(call: ToolCall, told: dict[str, Any], *, exit_code: int) -> Outcome:
-    files = {name: json.dumps(told).encode() for name in call.fetch}
+    from loopguard.controller.functions import seal
+
+    files = {name: seal(call, told) for name in call.fetch}
     status: OutcomeStatus = "ok" if exit_code == 0 else "nonzero_exit"
     return Outcome(call_id=call.id, status=status, exit_code=exit_code, files=files, wall_ms=1.0)
 

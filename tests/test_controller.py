@@ -9,6 +9,7 @@ import pytest
 
 from loopguard.audit.verify import verify
 from loopguard.controller import LoopGuard
+from loopguard.controller.station import ToolStation
 from loopguard.errors import (
     LoopFrozen,
     PolicyMismatchError,
@@ -499,3 +500,97 @@ class TestAttach:
             cycle.update(loss=loss)
             assert not torch.equal(before[0], first.weight)
             assert not torch.equal(before[1], second.weight)
+
+
+@pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this torch has no distributed package with gloo",
+)
+class TestShardsOnOneRank:
+    """FSDP2 with nobody to share with: nothing of such a state could be kept."""
+
+    @pytest.fixture
+    def shards(self):
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        model = fully_shard(torch.nn.Linear(2, 1), mesh=init_device_mesh("cpu", (1,)))
+        yield {"model": model, "optimizer": torch.optim.AdamW(model.parameters(), lr=0.1)}
+        dist.destroy_process_group()
+
+    def test_attach_says_what_to_do_and_holds_nothing(self, lab, shards):
+        with lab.open() as guard:
+            with pytest.raises(UsageError, match=r"weight is sharded .* with several, as `torchrun .* or do not shard"):
+                guard.attach(**shards)
+            before = shards["model"].weight.to_local().detach().clone()
+            shards["model"](torch.ones(1, 2)).sum().backward()
+            shards["optimizer"].step()  # nobody is asked about it
+            assert not torch.equal(shards["model"].weight.to_local(), before)
+            lab.build(guard)
+        assert len(lab.events("model.attached")) == 1
+
+    def test_an_observer_which_keeps_nothing_takes_it(self, tmp_path, shards):
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            observer.attach(**shards)
+            for cycle in observer.cycles(1):
+                loss = shards["model"](torch.ones(1, 2)).square().sum()
+                loss.backward()
+                assert cycle.update(loss=loss).allowed
+
+
+class TestWithoutTools:
+    """Under a guard policy without `tools` and `sandbox` a loop is guarded as any other, and has no sandbox."""
+
+    @pytest.fixture
+    def lab(self, lab):
+        """Real cells, if there were any: the engine is nowhere."""
+        data = POLICY[POLICY.index("data:") :].replace("  recheck: {sample: 4, max_wrong_share: 0.25}\n", "")
+        lab.policy.write_text(POLICY[: POLICY.index("tools:")] + data)
+        return lab
+
+    @pytest.fixture
+    def guard(self, lab, monkeypatch):
+        monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            yield lab.build(guard)
+
+    def test_a_loop_trains_promotes_and_freezes_without_an_engine(self, lab, guard):
+        lab.run(guard, 2)
+        assert guard.promoted_cycle == 2
+        with pytest.raises(LoopFrozen, match="not a finite number"):
+            lab.update(next(guard.cycles(3)), math.nan)
+        assert not lab.events("sandbox.created")
+
+    def test_every_call_is_refused_and_recorded(self, lab, guard):
+        tool = next(guard.cycles(1)).tool("python")
+        outcomes = [tool("print(1)"), *tool.map(["1", "2"])]
+        assert [outcome.status for outcome in outcomes] == ["denied"] * 3
+        decided = lab.events("tool.decided")
+        assert [(entry.body["result"], entry.body["rule"]) for entry in decided] == [("deny", "default")] * 3
+
+    def test_an_episode_has_no_profile_to_be_in(self, guard):
+        with pytest.raises(UsageError, match=r"lets a tool run in 'rollout'; it has no tools"):
+            next(guard.cycles(1)).episode("rollout")
+
+    def test_a_function_is_told_which_sections_to_add(self, guard, lab, tmp_path):
+        """With these lines the policy loads, and the function has a rule."""
+
+        def lookup(word: str) -> str:
+            """What a word means."""
+            return word
+
+        with pytest.raises(UsageError, match="has no tools") as told:
+            guard.tool(lookup)
+        _, _, sections = str(told.value).partition("\n\n")
+        (tmp_path / "more.yaml").write_text(f"{lab.policy.read_text()}{sections}\n")
+        with LoopGuard.from_file(
+            tmp_path / "more.yaml", run_dir=tmp_path / "more", runtimes=lambda *_: FakeRuntime("4")
+        ) as more:
+            assert more.tool(lookup).__name__ == "lookup"
+
+    def test_a_station_is_refused_before_it_has_a_directory(self, lab):
+        with pytest.raises(UsageError, match="lets no tool run"):
+            ToolStation.open(lab.policy, run_dir=lab.run_dir)
+        assert not lab.run_dir.exists()

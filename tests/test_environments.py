@@ -90,6 +90,41 @@ class Game(Board):
         while True:
             pass
 
+    def hide(self, answer: str) -> str:
+        """Remember something and look for it from another process.
+
+        Args:
+            answer: What nobody else should see.
+        """
+        self.answer = answer
+        return self.ask(code="import glob; print([open(name, 'rb').read() for name in sorted(glob.glob('.loop*'))])")
+
+    def ask(self, code: str) -> str:
+        """Run code in a process of its own.
+
+        Args:
+            code: The code.
+        """
+        import subprocess
+        import sys
+
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+
+    def paint(self) -> str:
+        """Use a module of the standard library that nothing else has imported."""
+        import colorsys
+
+        return getattr(colorsys, "FAKE", "the image's own")
+
+    def shout(self, size: int) -> str:
+        """Say too much, after moving.
+
+        Args:
+            size: How much.
+        """
+        self.at = 77
+        return "x" * size
+
     def get_reward(self) -> float:
         return self.at / 10
 
@@ -225,7 +260,7 @@ class TestACall:
             with pytest.raises(UsageError, match=said):
                 guard.wrap_environment(Odd)().reset()
 
-    @pytest.mark.parametrize("reward", [float("nan"), float("inf"), "much", [1.0]])
+    @pytest.mark.parametrize("reward", [10**400, float("nan"), float("inf"), "much", [1.0]])
     def test_a_reward_is_a_finite_number(self, lab, reward):
         lab.respond = lambda call: returned(call, reward)
         with lab.open() as guard, pytest.raises(ToolRaisedError, match="a reward is a finite number"):
@@ -399,10 +434,45 @@ class TestInACell:
             game.reset(start=1)
             assert game.tamper() == "done"
             assert game.where() == "at 1 of 8"
-            swap = ToolCall(id="swap", tool="python", code="open('.loopguard-state', 'wb').write(b'x')")
+            swap = ToolCall(
+                id="swap",
+                tool="python",
+                code="import glob; [open(f, 'wb').write(b'x') for f in glob.glob('.loopguard-s*')]",
+            )
             game._rollouts._episode.cell.run(swap)
             with pytest.raises(ToolRaisedError, match="the state of the environment was changed between two calls"):
                 game.get_reward()
+
+    def test_what_a_method_starts_cannot_read_the_instance(self, tmp_path):
+        """It may know the solution. All that it can find is noise."""
+        lab = EnvironmentLab(tmp_path)
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            game = guard.wrap_environment(Game)()
+            game.reset()
+            shown = [game.hide(answer="swordfish"), game.hide(answer="swordfish")]
+            assert all(".loopguard" not in one and len(one) > 100 for one in shown)
+            assert not any(word in one for one in shown for word in ("swordfish", "Game", "answer"))
+            assert shown[0] != shown[1]
+
+    def test_what_a_rollout_leaves_is_not_imported(self, tmp_path):
+        """A file by the name of a module would else run in the process that gives the reward."""
+        lab = EnvironmentLab(tmp_path)
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            game = guard.wrap_environment(Game)()
+            game.reset()
+            assert game.ask(code="open('colorsys.py', 'w').write('FAKE = 1'); import colorsys; print(colorsys.FAKE)")
+            assert game.paint() == "the image's own"
+
+    def test_a_call_whose_result_cannot_come_back_has_left_nothing(self, tmp_path):
+        lab = EnvironmentLab(tmp_path)
+        with LoopGuard.from_file(lab.policy, run_dir=lab.run_dir) as guard:
+            game = guard.wrap_environment(Game)()
+            game.reset(start=1)
+            with pytest.raises(ToolRaisedError, match="^gave too large a result$"):
+                game.shout(size=20 << 20)
+            assert game.where() == "at 1 of 8"
+            assert game.shout(size=1) == "x"
+            assert game.where() == "at 77 of 8"
 
     def test_a_caller_who_goes_away_ends_the_rollout_and_not_the_run(self, tmp_path):
         lab = EnvironmentLab(tmp_path)

@@ -32,6 +32,7 @@ on_ranks = pytest.mark.skipif(
 def run(command, *words):
     """A process of its own, as a reader would start it."""
     there = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": LOOPBACK}
+    there["DOCKER_HOST"] = "unix:///nowhere/docker.sock"  # they call no tools, so they need no engine
     words = [str(word) for word in words]
     return subprocess.run([*command, *words], capture_output=True, text=True, env=there, timeout=180, check=False)
 
@@ -47,7 +48,6 @@ def entries(run_dir, kind, stream="controller"):
 @pytest.mark.slow
 @pytest.mark.parametrize("example", ONE_PROCESS)
 class TestInOneProcess:
-    @pytest.mark.docker
     def test_it_promotes_every_cycle(self, example, tmp_path):
         """The warm-up and three more."""
         done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run")
@@ -56,7 +56,6 @@ class TestInOneProcess:
         assert len(entries(tmp_path / "run", "promotion.applied")) == 4
         assert entries(tmp_path / "run", "freeze.entered") == []
 
-    @pytest.mark.docker
     def test_its_planted_fault_is_withheld_in_the_update_that_it_says(self, example, tmp_path):
         """Update 30 of the example is the 31st that the guard numbers. What was to be as before is said and is so."""
         done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run", "--plant-fault")
@@ -70,8 +69,7 @@ class TestInOneProcess:
         assert [body["update"] for body in entries(tmp_path / "run", "update.withheld")] == [31]
 
     @pytest.mark.parametrize("fault", [[], ["--plant-fault"]], ids=["sound", "planted"])
-    def test_observed_it_runs_to_its_end_without_docker(self, example, fault, tmp_path, monkeypatch):
-        monkeypatch.setenv("DOCKER_HOST", "unix:///nowhere/docker.sock")
+    def test_observed_it_runs_to_its_end(self, example, fault, tmp_path):
         done = run([sys.executable, EXAMPLES / f"{example}.py"], tmp_path / "run", "--observe", *fault)
         assert done.returncode == 0, done.stderr
         foreseen = [body["update"] for body in entries(tmp_path / "run", "freeze.foreseen")]
@@ -79,7 +77,6 @@ class TestInOneProcess:
         assert ("Would have frozen at update 31" in done.stderr) == bool(fault)
 
 
-@pytest.mark.docker
 @pytest.mark.slow
 @on_ranks
 @pytest.mark.parametrize("spread", SPREADS)
@@ -125,7 +122,6 @@ class TestTakingTurns:
     def turns(self, tmp_path):
         """A guard on two layers with an optimizer each."""
         from loopguard import LoopGuard
-        from loopguard.testing import fake_runtimes
 
         policy = tmp_path / "policy.yaml"
         watched = "    - {kind: jump, metric: loss_critic, good: down}\npromotion:"
@@ -134,7 +130,7 @@ class TestTakingTurns:
         torch.manual_seed(0)
         layers = torch.nn.ModuleList([torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)])
         optimizers = [torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1) for layer in layers]
-        with LoopGuard.from_file(policy, run_dir=tmp_path / "run", runtimes=fake_runtimes("4")) as guard:
+        with LoopGuard.from_file(policy, run_dir=tmp_path / "run") as guard:
             guard.attach(model=layers, optimizer=optimizers)
             yield next(guard.cycles(1)), layers
 

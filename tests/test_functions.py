@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import functools
 import importlib
 import inspect
@@ -14,15 +15,24 @@ import threading
 import types
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
+from typing import Optional, TypeVar, get_type_hints
 
 import pytest
 from lab import POLICY, Lab
 
 from loopguard.controller import LoopGuard
-from loopguard.controller.functions import _ENDED, RESULT
+from loopguard.controller.functions import _ENDED, KEY_BYTES, RESULT, seal
 from loopguard.controller.source import portable
-from loopguard.errors import AuditWriteError, LoopFrozen, SandboxUnavailableError, ToolRaisedError, UsageError
+from loopguard.errors import (
+    AuditWriteError,
+    LoopFrozen,
+    SandboxBusyError,
+    SandboxUnavailableError,
+    ToolRaisedError,
+    UsageError,
+)
 from loopguard.gates.tools import REFUSAL
 from loopguard.testing import raised, returned
 from loopguard.types import Outcome
@@ -44,6 +54,8 @@ TOOLS = [
     "remember",
     "dated",
     "nap",
+    "pry",
+    "repeat",
 ]
 
 
@@ -85,6 +97,32 @@ async def wait(n: int) -> int:
 
     await asyncio.sleep(0.01)
     return n
+
+
+def repeat(text: str, times: int) -> str:
+    """Say something again and again.
+
+    Args:
+        text: What.
+        times: How often.
+    """
+    return text * times
+
+
+def pry() -> list:
+    """Look into the process of this function from another one."""
+    import subprocess
+    import sys
+
+    code = """
+import os
+for name in ("mem", "environ"):
+    try:
+        print(open(f"/proc/{os.getppid()}/{name}", "r+b"))
+    except Exception as error:
+        print(type(error).__name__)
+"""
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
 
 
 async def nap(s: int) -> int:
@@ -227,7 +265,9 @@ class TestACall:
         first, second = lab.calls
         assert (first.tool, first.language, json.loads(first.code)) == ("add", "python", {"a": 1, "b": 5})
         assert first.runs == second.runs == first.program
-        assert first.reads == b'{"a": 1, "b": 5}\n'
+        assert first.reads == b'{"a": 1, "b": 5}\n' + first.stdin
+        assert len(first.stdin) == len(second.stdin) == KEY_BYTES
+        assert first.stdin != second.stdin
         bodies = lab.decided()
         assert [body["code_head"] for body in bodies] == ['{"a": 1, "b": 5}', '{"a": 7}']
         assert [body["language"] for body in bodies] == ["python", "python"]
@@ -274,6 +314,36 @@ class TestACall:
         lab.respond = lambda call: Outcome(call_id=call.id, status="ok", exit_code=0, files=files)
         with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
             guard.tool(add)(a=1)
+
+    @pytest.mark.parametrize("kept", [0, 1, 64])
+    def test_an_answer_that_its_program_did_not_sign_is_none(self, lab, kept):
+        """Whatever writes to the call's folder, such as a process that outlived the call before."""
+
+        def forge(call):
+            other = dataclasses.replace(call, stdin=bytes(KEY_BYTES))
+            answer = seal(call, {"result": 1})[:kept] + seal(other, {"result": 777})[kept:]
+            return Outcome(call_id=call.id, status="ok", exit_code=0, files={RESULT: answer})
+
+        lab.respond = forge
+        with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
+            guard.tool(add)(a=1)
+
+    @pytest.mark.parametrize("told", [[1], {}, {"kind": "x"}, 7])
+    def test_a_signed_answer_has_a_result_or_an_error(self, lab, told):
+        lab.respond = lambda call: Outcome(call_id=call.id, status="ok", exit_code=0, files={RESULT: seal(call, told)})
+        with lab.open() as guard, pytest.raises(ToolRaisedError, match="^ended without a result$"):
+            guard.tool(add)(a=1)
+
+    def test_arguments_that_json_cannot_hold_are_refused(self, lab):
+        deep = []
+        for _ in range(5000):
+            deep = [deep]
+        with lab.open() as guard:
+            with pytest.raises(UsageError, match=r"add\(a=...\) is nested too deeply"):
+                guard.tool(add)(a=deep)
+            with pytest.raises(UsageError, match="arguments of add cannot be sent to a cell: Exceeds the limit"):
+                guard.tool(add)(a=10**5000)
+        assert lab.decided() == []
 
     @pytest.mark.parametrize("value", [object(), (1, 2), {1: 2}, [b"x"], {"deep": [{"er": {1}}]}])
     def test_arguments_that_json_would_change_are_refused_by_name(self, lab, value):
@@ -386,6 +456,71 @@ def decorated(*, a):
 NAMELESS = lambda: 1  # noqa: E731 - that is the point
 
 
+LONG = 10**5000
+KIND = TypeVar("KIND")
+
+
+@functools.cache
+def cached(a):
+    return a
+
+
+def remembers(a):
+    return cached(a)
+
+
+def calls_a_lambda():
+    return NAMELESS()
+
+
+def says_much():
+    return LONG
+
+
+def generic(a):
+    return [KIND, a]
+
+
+def relative():
+    from . import lab
+
+    return lab
+
+
+def around(SCALE):  # noqa: N803 - the name of a global, which is another
+    class Inner:
+        def reset(self):
+            return [SCALE for _ in range(2)]
+
+    class Property:
+        @property
+        def size(self):
+            return SCALE
+
+    class Body:
+        size = SCALE
+
+    def inner(a=SCALE):
+        return a
+
+    def plain(a):
+        return str(a)
+
+    return Inner, Property, Body, inner, plain
+
+
+class Settings:
+    """A class whose attributes are annotated, as those of pydantic are, which reads them."""
+
+    first: Optional[Decimal] = None  # noqa: UP045 - as many write it
+    second: NotThere = None  # noqa: F821 - that is the point
+    third: LOCK = None
+
+
+def reads_annotations():
+    return [get_type_hints(Settings, {**globals(), "NotThere": int, "LOCK": int})["first"], Settings.second]
+
+
 class TestWhatCannotBeSent:
     """Each is refused when it is wrapped, in a sentence with the way out."""
 
@@ -412,6 +547,23 @@ class TestWhatCannotBeSent:
         with lab.open() as guard, pytest.raises(UsageError, match=said):
             guard.tool(what)
 
+    @pytest.mark.parametrize(
+        ("what", "said"),
+        [
+            (remembers, "refers to cached, a _lru_cache_wrapper of this process"),
+            (calls_a_lambda, "refers to NAMELESS, a lambda: write it as a def"),
+            (says_much, "refers to LONG, a int of this process"),
+            (generic, "refers to KIND, a TypeVar of this process"),
+            (relative, "imports relative to its package"),
+            *((what, f"{what.__name__} stands in a function and refers to SCALE") for what in around(9)[:4]),
+        ],
+        ids=lambda each: getattr(each, "__name__", None),
+    )
+    def test_what_would_be_something_else_in_a_cell_is_refused(self, what, said):
+        """Or nothing at all: what stands in the same file cannot be imported there."""
+        with pytest.raises(UsageError, match=said):
+            portable(what)
+
     def test_a_bound_method_is_sent_to_environments(self, lab):
         with lab.open() as guard, pytest.raises(UsageError, match="use guard.wrap_environment on its class"):
             guard.tool(lab.build)
@@ -437,6 +589,16 @@ class TestTheText:
         assert space["add"](1) == 9
         exec(portable(dated), space)
         assert space["dated"]() == "2030-01-01T00:00:00/"
+
+    def test_what_stands_in_a_function_and_needs_nothing_of_it_can_be_sent(self):
+        space = {}
+        exec(portable(around(9)[4]), space)
+        assert space["plain"](1) == "1"
+
+    def test_annotations_of_attributes_can_be_read_where_what_they_name_can_be_sent(self):
+        space = {"__name__": "somewhere"}
+        exec(portable(reads_annotations), space)
+        assert space["reads_annotations"]() == [Optional[Decimal], None]  # noqa: UP045
 
     def test_a_name_of_the_file_goes_before_a_builtin(self):
         space = {}
@@ -478,6 +640,26 @@ class TestTheRunStops:
                 lab.update(cycle)
         (freeze,) = lab.events("freeze.entered")
         assert (freeze.body["gate"], freeze.body["rule"]) == ("tool", "sandbox")
+
+    def test_so_do_more_callers_than_may_wait_and_the_reason_says_what_to_raise(self, tmp_path):
+        """What nobody ran has no answer, and an error in its place is one that the model did not earn."""
+        lab = FunctionLab(tmp_path, profile=", cells: 1, queue: 1")
+        ended = threading.Event()
+        lab.respond = lambda call: returned(call, ended.wait(20))
+
+        async def three(tool):
+            calls = [asyncio.ensure_future(tool(n=n)) for n in range(3)]
+            await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
+            ended.set()
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+        with lab.open() as guard:
+            *_, last = asyncio.run(three(guard.tool(wait)))
+        assert isinstance(last, SandboxBusyError)
+        (freeze,) = lab.events("freeze.entered")
+        assert (
+            "than sandbox.profiles.offline.queue lets wait for sandbox.profiles.offline.cells" in freeze.body["reason"]
+        )
 
     def test_so_does_one_that_dies_under_an_awaited_call(self, lab):
         lab.respond = lambda call: SandboxUnavailableError("the engine is gone")
@@ -638,6 +820,19 @@ class TestInACell:
 
     def test_what_it_prints_is_not_its_result(self, cells):
         assert cells.tool(loud)(text="ä\n\u2028'\"") == "ä\n\u2028'\""
+
+    def test_a_process_of_another_program_cannot_look_into_it(self, cells):
+        """Its memory holds the key that its answer is signed with."""
+        assert cells.tool(pry)() == ["PermissionError", "PermissionError"]
+
+    def test_a_result_that_is_too_large_is_told_so(self, cells):
+        with pytest.raises(ToolRaisedError, match="^gave too large a result$"):
+            cells.tool(repeat)(text="x", times=20 << 20)
+
+    def test_any_text_comes_back_as_it_went_in(self, cells):
+        text = "\x00 \x1b[31m {0.__class__} %s \u2028 .loopguard-result \U0001f600"
+        assert cells.tool(repeat)(text=text, times=2) == text * 2
+        assert cells.tool(repeat)(text="\ud800", times=2) == REFUSAL
 
     def test_a_result_that_json_would_change_is_refused(self, cells):
         with pytest.raises(ToolRaisedError, match="the result holds a tuple"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import UserDict
 from pathlib import Path
 
 import pytest
@@ -23,8 +25,11 @@ from loopguard import LoopGuard, Observer, Provenance, Record
 from loopguard.audit import read
 from loopguard.audit.verify import UNANCHORED, WARN, verify
 from loopguard.cli.app import _main
+from loopguard.controller.cycle import Cycle
+from loopguard.controller.observe import ObservedCycle
 from loopguard.controller.watch import TYPES, Watch
 from loopguard.errors import LoopFrozen, RunBusyError, UsageError
+from loopguard.policy.draft import draft
 from loopguard.policy.load import examine, load
 from loopguard.testing import fake_runtimes
 
@@ -245,6 +250,26 @@ class TestTheRunItself:
             assert observer.wrap_environment(dict) is dict
 
     @pytest.mark.parametrize(
+        ("use", "name"),
+        [
+            (lambda observer: observer.tool(len), "len"),
+            (lambda observer: observer.tool("python"), "python"),
+            (lambda observer: observer.wrap_environment(dict), "dict"),
+            (lambda observer: next(observer.cycles(1)).tool("sh"), "sh"),
+            (lambda observer: None, ""),
+        ],
+    )
+    def test_its_tools_are_in_the_policy_that_is_suggested_and_without_one_no_sandbox_is(self, tmp_path, use, name):
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            use(observer)
+            use(observer)
+        told = [entry.body["tool"] for entry in events(tmp_path / "seen", "tool.observed")]
+        assert told == ([name] if name else [])
+        assert command("init", "--from-run", tmp_path / "seen", "--out", tmp_path / "policy.yaml") == 0
+        policy = load(tmp_path / "policy.yaml").policy
+        assert bool(policy.tools.rules) == bool(policy.sandbox.profiles) == bool(name)
+
+    @pytest.mark.parametrize(
         "call",
         [
             lambda cycle: cycle.tool("python")("print(1)"),
@@ -299,6 +324,15 @@ class TestMetrics:
         watch = watched(lambda u: {"loss": 2 + 0.1 * noise(u)} | ({"score": noise(u, 1)} if u < 60 else {}))
         assert [(one.update, one.rule) for one in watch.findings] == [(60, "missing:score")]
 
+    def test_one_that_never_moved_is_not_missed_when_it_stops_coming(self):
+        """The draft has no monitor that would miss it either, also where it comes back and moves."""
+        watch = watched(lambda u: {"loss": 2 + 0.1 * noise(u), **({"idle": 1.0} if u < 60 else {})})
+        assert watch.findings == []
+        assert "idle" not in {rule["metric"] for rule in watch.seen.rules()}
+        back = watched(lambda u: {"loss": 2 + 0.1 * noise(u), **({"idle": u > 80} if u not in (60, 61) else {})})
+        assert back.findings == []
+        assert "idle" not in {rule["metric"] for rule in back.seen.rules()}
+
     def test_one_that_is_named_absent_may_come_and_go(self):
         watch = Watch()
         for update in range(1, 101):
@@ -333,8 +367,47 @@ class TestMetrics:
     def test_a_reading_that_is_no_number_is_left_out_and_named(self, tmp_path):
         with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
             observer.see({"loss": 2.0, "text": "abc", "tensor": torch.tensor(1.5)})
-        assert "Left out, since they were no numbers: text." in observer.summary()
+        assert "Left out, since they were no numbers with a name: text." in observer.summary()
         assert "tensor" in events(tmp_path / "seen", "update.applied")[0].body["readings"]
+
+    def test_nothing_that_is_handed_in_stops_the_training(self, tmp_path):
+        """Nor does a name of it reach the terminal as it is, or keep the draft from loading."""
+
+        class Broken:
+            def __float__(self):
+                raise ZeroDivisionError
+
+        names = ["a\nb: c", "\x1b[31mred", "", "- {kind: x}", "x" * 5000, "\ud800", "#", "'", "\u202e"]
+        strange = {"broken": Broken(), 3: 1.0, None: 1.0, ("a",): 2.0, "\x1b[2J\u202e": None, "complex": 1j}
+        with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+            for update in range(30):
+                observer.see({"loss": 2 + 0.1 * noise(update), **{name: noise(update) for name in names}, **strange})
+            observer.measured({**dict.fromkeys(names, 1.0), **strange, "huge": 1e308})
+            observer.measured({"huge": -1e308})
+        summary = observer.summary()
+        assert "no numbers with a name: " in summary
+        assert " and 1 more." in summary
+        assert all(char.isprintable() or char == "\n" for char in summary)
+        assert observer.findings == ()
+        path = tmp_path / "policy.yaml"
+        path.write_text(draft(observer._watch.seen))
+        assert load(path).policy.name == "suggested"
+
+    @pytest.mark.parametrize("call", ["see", "measured"])
+    def test_a_mistake_of_its_own_ends_the_watching_and_not_the_training(self, tmp_path, capsys, call):
+        class Unreadable(UserDict):
+            def items(self):
+                raise RuntimeError("what a\x1b mistake")
+
+        with LoopGuard.observe(tmp_path / "seen") as observer:
+            observer.see({"loss": 2.0})
+            getattr(observer, call)(Unreadable())
+            observer.see({"loss": 3.0})
+        said = capsys.readouterr().err
+        assert "watching ended, and the run goes on: RuntimeError: what a\\u001b mistake\n" in said
+        assert "It was watched no further, by a mistake of the observer's own: RuntimeError" in said
+        assert events(tmp_path / "seen", "update.applied")[-1].body["to"] == 1
+        assert not verify(tmp_path / "seen").findings
 
     def test_the_judgement_of_a_log_is_that_of_the_run(self, tmp_path):
         """Also with gaps, numbers that are none, late metrics and announcements."""
@@ -570,6 +643,35 @@ def examine_draft(run_dir):
     loaded, lints = examine(policy)
     assert lints == []
     return loaded == load(policy)
+
+
+@pytest.mark.parametrize(("observed", "guarded"), [(Observer, LoopGuard), (ObservedCycle, Cycle)])
+def test_it_takes_whatever_a_loop_hands_to_a_guard(observed, guarded):
+    """So that the two can be swapped in one line."""
+    ours = {"from_file", "observe"}
+    drivers = {"ticked", "outlived"}  # for what drives a framework's trainer, which an observer has another of
+    for name in {name for name in dir(guarded) if not name.startswith("_")} - ours - drivers:
+        assert hasattr(observed, name), name
+        if callable(getattr(guarded, name)):
+            taken, needed = (inspect.signature(getattr(each, name)).parameters for each in (observed, guarded))
+            assert needed.keys() <= taken.keys(), name
+
+
+def test_a_panel_may_name_what_is_not_judged(tmp_path):
+    with LoopGuard.observe(tmp_path / "seen", quiet=True) as observer:
+        for cycle in observer.cycles(2):
+            cycle.decide_update(readings={"loss": 2.0})
+            cycle.promote({"correct": 0.5}, apply=lambda: None, unjudged={"seconds": 9.0})
+    assert [entry.body["unjudged"] for entry in events(tmp_path / "seen", "eval.finished")] == [{"seconds": 9.0}] * 2
+    assert list(observer._watch.seen.panel) == ["correct"]
+
+
+def test_a_run_that_is_closed_unfinished_is_not_finished(tmp_path):
+    observer = LoopGuard.observe(tmp_path / "seen", quiet=True)
+    observer.see({"loss": 2.0})
+    observer.close(finished=False)
+    assert events(tmp_path / "seen", "run.finished", "cycle.finished") == []
+    assert events(tmp_path / "seen", "update.applied")
 
 
 def test_it_is_public(tmp_path):

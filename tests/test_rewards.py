@@ -101,6 +101,10 @@ class TestAnswersThatAreNone:
             (1.0, [None, None], "gave a float, not one number for each completion"),
             (None, [None, None], "gave a NoneType"),
             ("12", [None, None], "gave a str"),
+            ({1.0, 2.0}, [None, None], "gave a set"),
+            (torch.tensor(1.0), [None, None], "gave a Tensor, not one number for each completion"),
+            ([10**400, 1.0], [None, 1.0], "for row 0"),
+            ([1j, 1.0], [None, 1.0], "1j for row 0"),
         ],
     )
     def test_they_count_for_nothing_and_stop_the_next_update(self, lab, answers, left, said):
@@ -141,6 +145,8 @@ CHAT = [
         {"role": "tool", "name": "f", "content": "no"},
     ],
     [{"role": "assistant", "content": [{"type": "image"}, {"type": "text", "text": SECRET}]}],
+    [{"role": "assistant", "content": "fine", "reasoning_content": SECRET}],
+    [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {SECRET.replace(" ", "\n"): [1]}}}]}],
 ]
 
 
@@ -161,9 +167,10 @@ class TestRowsThatAreHeldBack:
     def test_overlap_is_found_in_texts_messages_and_arguments_of_calls(self, lab):
         with lab.open() as guard:
             guard.protect([SECRET])
-            prompts = [[{"role": "user", "content": "q"}]] * 3
-            assert guard.wrap_reward(giving([1.0] * 3))(prompts=prompts, completions=CHAT) == [1.0, None, None]
-            assert guard.wrap_reward(giving([1.0]))(prompts=["q"], completions=[f"a {SECRET} b"]) == [None]
+            prompts = [[{"role": "user", "content": "q"}]] * 5
+            assert guard.wrap_reward(giving([1.0] * 5))(prompts=prompts, completions=CHAT) == [1.0, *[None] * 4]
+            for completion in (f"a {SECRET} b", SECRET):
+                assert guard.wrap_reward(giving([1.0]))(prompts=["q"], completions=[completion]) == [None]
         assert {row["reason"] for row in quarantine(lab)} == {"overlap"}
 
     def test_several_rewards_hold_a_row_back_once(self, lab):

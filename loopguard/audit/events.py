@@ -48,6 +48,7 @@ TYPES: dict[str, str] = {
     "tool.decided": "the tool gate said yes or no to a call",
     "tool.finished": "an allowed call came back",
     "tool.lost": "an allowed call will never come back",
+    "tool.observed": "a run that is only observed has a tool of its own",
     "tool.egress": "a call reached, or tried to reach, a place outside",
     "data.admitted": "records became training data",
     "data.refused": "a whole batch was kept out by a freeze",

@@ -80,7 +80,8 @@ def _engine() -> list[Finding]:
     info = _docker("info", "--format", "{{json .}}")
     if info is None:
         what = "no docker command" if shutil.which("docker") is None else "no Docker engine answers"
-        return [Finding(state="trouble", what="engine", found=what, do="loopguard sandbox build, or start Docker")]
+        do = "loopguard sandbox build, or start Docker; a guard policy without tools needs none, nor does observing"
+        return [Finding(state="trouble", what="engine", found=what, do=do)]
     facts = json.loads(info)
     cgroup = facts.get("CgroupVersion", "1")
     found = [

@@ -164,6 +164,8 @@ def _runtime(policy: Path | None, profile: str | None, *, cells: int | None = No
     from loopguard.sandbox.docker import DockerRuntime
 
     profiles = load(policy or shipped("default")).policy.sandbox.profiles
+    if not profiles:
+        raise UsageError(f"{policy} lets no tool run and describes no cell: name another guard policy with --policy")
     if profile is None and len(profiles) > 1:
         raise UsageError(f"this policy has several sandbox profiles: name one with --profile: {', '.join(profiles)}")
     if profile is not None and profile not in profiles:

@@ -21,7 +21,10 @@ _REFUSALS = 1000
 
 
 class Cells:
-    """One runtime for each profile that a rule names, started when first needed. Lives as long as its guard."""
+    """One runtime for each profile that a rule names, started when first needed. Lives as long as its guard.
+
+    Under a guard policy without tools there is none, and nothing is asked of any engine.
+    """
 
     def __init__(self, policy: GuardPolicy, run_id: str, make: Callable[[CellSpec, str, EventSink], Runtime]) -> None:
         names = {rule.sandbox for rule in policy.tools.rules if rule.then == "run" and rule.sandbox is not None}
@@ -65,8 +68,8 @@ class Cells:
     def of(self, profile: str) -> Runtime:
         """The runtime of a profile. Raises UsageError where no rule names it."""
         if profile not in self._profiles:
-            names = ", ".join(self._profiles)
-            raise UsageError(f"no rule of the guard policy lets a tool run in {profile!r}; there are {names}")
+            there = f"there are {', '.join(self._profiles)}" if self._profiles else "it has no tools"
+            raise UsageError(f"no rule of the guard policy lets a tool run in {profile!r}; {there}")
         if profile not in self._runtimes:
             raise SandboxUnavailableError(f"the sandbox {profile!r} is not running")
         return self._runtimes[profile]

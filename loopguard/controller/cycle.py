@@ -521,6 +521,9 @@ class Cycle:
             measured = {"panel": values} | ({"unjudged": _numbers(unjudged)} if unjudged else {})
             guard._log.append("eval.finished", measured, cycle=self.number)
             own = self._judge_panel(values, previous)
+            if own.rule == "missing":
+                there = ", ".join(sorted({*values, *(unjudged or {})})) or "nothing"
+                own = replace(own, reason=f"{own.reason}; reported were {there}")
         decision = guard._agree(own, at="promote")
         body: dict[str, Any] = {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
         body |= {"panel": values, "previous": previous, "weights": learner.weights_digest()}
@@ -537,12 +540,12 @@ class Cycle:
         with guard._telling():
             slot = guard._good.take(guard._whole_state(), guard._facts(cycle=self.number))
             guard._log.append("promotion.decided", body, cycle=self.number)
-            trouble = self._install(apply, learner)
+            trouble = self._install(apply, learner, weights=body["weights"])
         decision = guard._agree(_not_installed(trouble) if trouble else own, at="apply")
         if not decision.allowed or slot is None:
             self._freeze(decision, roll_back=True, actor_too=True, agreed=True)
             return decision
-        guard._log.append("promotion.applied", {"actor": learner.actor_digest()}, cycle=self.number)
+        guard._log.append("promotion.applied", {"actor": body["weights"]}, cycle=self.number)
         # From here on it is what a freeze goes back to. It goes to disk beside the next cycle.
         guard._good.promote(slot, cycle=self.number, update=guard._ledger.last, panel=values)
         guard._announced.clear()  # they are a part of that state
@@ -561,15 +564,15 @@ class Cycle:
         holding = (*self._early_holding, *guard._updates_gate.holding)
         return held(holding) if decision.allowed and holding else decision
 
-    def _install(self, apply: Callable[[], object] | None, learner: Learner) -> str:
-        """Run `apply` and look whether the actor now has the promoted weights; a sentence where it has not."""
+    def _install(self, apply: Callable[[], object] | None, learner: Learner, *, weights: str) -> str:
+        """Run `apply` and look whether the actor now has the weights decided about; a sentence where it has not."""
         if apply is None:
             return ""
         try:
             apply()
         except Exception as error:  # noqa: BLE001 - whatever a loop's own apply raises, half-installed weights must not act
             return repr(error)
-        return "" if learner.actor_digest() == learner.weights_digest() else "the actor has other weights after it"
+        return "" if learner.actor_digest() == weights else "the actor has other weights after it"
 
     def _enter(self) -> bool:
         """Listen; stop where the loop is frozen. False where this cycle no longer acts.

@@ -4,8 +4,8 @@ The framework calls `begin`, `update`, `evaluated`, `saved` and `end` where thes
 in here. Nothing in this file knows a framework.
 
 A framework also keeps checkpoints of its own, and starts from one of them. So the log remembers the weights of each,
-and `begin` asks it: weights that nobody vouches for do not train on, and those of a checkpoint that a freeze undid are
-put back to what the freeze went back to.
+and `begin` asks it: weights that nobody vouches for do not train on, and those of a checkpoint that a freeze or a
+rollback undid are put back to what it went back to.
 """
 
 from __future__ import annotations
@@ -37,21 +37,33 @@ _DENIED_IN_A_ROW = 8
 
 
 @dataclass
+class _Boundary:
+    """What a freeze or a person may go back to: the beginning, or a promotion."""
+
+    weights: str = ""
+    snapshot: str = ""
+    """Empty until it is on disk; that of the beginning never has a name here."""
+    saved: set[str] = field(default_factory=set)
+    """The weights of the checkpoints since."""
+
+
+@dataclass
 class Standing:
     """Which weights the log vouches for, by their SHA-256."""
 
     known: set[str] = field(default_factory=set)
     undone: set[str] = field(default_factory=set)
-    """Saved by a framework, and then a freeze went back to before."""
+    """Saved by a framework or promoted, and then a freeze or a person went back to before."""
     restored: str | None = None
     """The snapshot that the last restore went back to."""
     updates: bool = False
     """Whether anything was ever trained here."""
+    _chain: list[_Boundary] = field(default_factory=lambda: [_Boundary()])
 
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Standing:
         """Read the log of a run."""
-        standing, since, deciding = cls(), set[str](), ""
+        standing, deciding = cls(), ""
         for entry in entries:
             body = entry.body
             match entry.type:
@@ -63,19 +75,56 @@ class Standing:
                     deciding = body["weights"]
                 case "promotion.applied":
                     standing.known.add(deciding)
-                    since.clear()
+                    standing._chain.append(_Boundary(deciding))
+                case "snapshot.written" if body["promoted"]:
+                    standing._last.snapshot = body["snapshot"]
+                case "promotion.settled" if not body["applied"]:
+                    standing._unpromote()
+                case "promotion.rolled_back":
+                    standing._back_to(body["to"])
                 case "checkpoint.saved":
-                    since.add(body["weights"])
-                    standing.known.add(body["weights"])
-                    standing.undone.discard(body["weights"])
+                    standing._save(body["weights"])
+                case "cycle.finished" if "weights" in body:
+                    standing._save(body["weights"])
                 case "snapshot.restored":
-                    standing.undone |= since
-                    standing.known -= since
-                    since.clear()
+                    standing._undo(standing._last.saved)
                     standing.restored = body["snapshot"]
                 case _:
                     continue
         return standing
+
+    @property
+    def promoted(self) -> str:
+        """The weights that were promoted last; the empty string where none were."""
+        return self._last.weights
+
+    @property
+    def _last(self) -> _Boundary:
+        return self._chain[-1]
+
+    def _save(self, weights: str) -> None:
+        self.known.add(weights)
+        self.undone.discard(weights)
+        if weights != self._last.weights:
+            self._last.saved.add(weights)
+
+    def _undo(self, weights: set[str]) -> None:
+        self.undone |= weights
+        self.known -= weights
+        self._last.saved = set()
+
+    def _unpromote(self) -> None:
+        """The last promotion never came to disk: what it promoted is no more than saved."""
+        if len(self._chain) > 1 and not self._last.snapshot:
+            lost = self._chain.pop()
+            self._last.saved |= lost.saved | {lost.weights}
+
+    def _back_to(self, snapshot: str) -> None:
+        later: set[str] = set()
+        while len(self._chain) > 1 and self._last.snapshot != snapshot:
+            lost = self._chain.pop()
+            later |= lost.saved | {lost.weights}
+        self._undo((later | self._last.saved) - {self._last.weights})
 
 
 class Driver:
@@ -83,17 +132,14 @@ class Driver:
 
     def __init__(self, guard: LoopGuard) -> None:
         self._guard = guard
-        self._cycles = guard.cycles(sys.maxsize)
+        self._cycles = guard._turns(sys.maxsize)
         self._cycle: Cycle | None = None
         self._panel: dict[str, float] = {}
         """Of the evaluations since the promotion gate was asked last."""
+        self._measured: object = None
+        """Where the run stood at them: a panel says nothing of weights that have moved since."""
         self._sums: dict[str, tuple[float, int]] = {}
         self._denied = 0
-
-    @property
-    def guard(self) -> LoopGuard:
-        """The guard that is driven."""
-        return self._guard
 
     @property
     def cycle(self) -> Cycle:
@@ -114,13 +160,23 @@ class Driver:
         Raises UsageError for weights that have nothing to do with this run, LoopFrozen where the run is frozen.
         """
         guard = self._guard
+        if guard._closed:
+            raise UsageError("this guard is closed: open the run directory again, and attach a new trainer")
         guard._listen()
+        guard._ledger.flush()  # of a training that broke off in this process
         if guard.frozen and not guard._consensus.several:
             guard._stop()
         standing = Standing.of(read.entries(guard.run_dir, guard._consensus.place.stream))
         guard._hold(learner, loop=None, config=config)
         weights = learner.weights_digest()
         first = not standing.updates and guard._good.promoted is None
+        if checkpoint is None and weights in standing.known and self._starts_over(weights, standing):
+            self.release()
+            raise UsageError(
+                f"{guard.run_dir} has promoted weights of update {guard._ledger.last}, and these are others that it "
+                "knows, such as those that it began with: go on from a checkpoint "
+                "(trainer.train(resume_from_checkpoint=True)), or name a new run directory"
+            )
         if first or weights in standing.known:
             self._go_on(weights, checkpoint=None if first else checkpoint)
         elif weights in standing.undone:
@@ -135,17 +191,29 @@ class Driver:
             self._stop_at_unknown(weights, checkpoint)
         self._cycle = next(self._cycles)
 
+    def _starts_over(self, weights: str, standing: Standing) -> bool:
+        """Whether another process has got further. One that trains several times may begin where it wants."""
+        good = self._guard._good
+        return good.promoted is not None and not good.held and weights != standing.promoted
+
     def _go_on(self, weights: str, *, checkpoint: Path | None) -> None:
         guard = self._guard
-        kept = self._kept(checkpoint) if checkpoint is not None else None
+        kept = self._kept(checkpoint, weights) if checkpoint is not None else None
+        if kept is None and guard._good.promoted is not None and not guard._good.held:
+            # Another process promoted, and what its monitors saw is in its snapshot.
+            self._load_gates(guard._good.go_on())
         guard._log.append("model.attached", guard._attached())
         if kept is not None:
             guard._ledger.go_to(kept["updates"])
-            guard._updates_gate.load_state_dict(kept["update_gate"])
-            guard._promotions.load_state_dict(kept["promotion_gate"])
+            guard._log.epoch += 1  # update numbers start again from there; the epoch tells the old ones from the new
+            self._load_gates(kept)
             facts = {"checkpoint": str(checkpoint), "update": kept["updates"], "weights": weights}
             guard._log.append("checkpoint.loaded", facts)
         self._set_boundary(resumed=checkpoint is not None)
+
+    def _load_gates(self, state: Mapping[str, Any]) -> None:
+        self._guard._updates_gate.load_state_dict(state["update_gate"])
+        self._guard._promotions.load_state_dict(state["promotion_gate"])
 
     def _set_boundary(self, *, resumed: bool) -> None:
         """What a freeze goes back to.
@@ -163,8 +231,9 @@ class Driver:
         guard._good.shorten(guard._whole_state(), guard._facts(cycle=promoted.cycle))
 
     def _put_back(self, standing: Standing, checkpoint: Path | None) -> None:
-        """A freeze undid these weights: train on from where it went back to."""
+        """A freeze or a person undid these weights: train on from where that went back to."""
         guard = self._guard
+        whose = f"the weights of {checkpoint}" if checkpoint else "these weights"
         promoted = guard._good.promoted
         name = promoted.snapshot if promoted else standing.restored
         try:
@@ -172,11 +241,11 @@ class Driver:
         except SnapshotError as error:
             self.release()
             raise UsageError(
-                f"{checkpoint} holds weights that a freeze undid, and what it went back to cannot be read: {error}. "
+                f"a freeze or a rollback undid {whose}, and what it went back to cannot be read: {error}. "
                 "Start again without resume_from_checkpoint, in a new run directory"
             ) from error
         guard._put_back(state, actor_too=True)
-        because = f"a freeze undid the weights of {checkpoint}; training goes on from where it went back to"
+        because = f"a freeze or a rollback undid {whose}; training goes on from where it went back to"
         guard._log.append("snapshot.restored", {"snapshot": name, "because": because})
         guard.found.append(because)
         guard._log.append("model.attached", guard._attached())
@@ -184,35 +253,52 @@ class Driver:
 
     def _stop_at_unknown(self, weights: str, checkpoint: Path) -> None:
         guard = self._guard
-        reason = f"{checkpoint} holds weights that this run never saved (SHA-256 {weights[:12]})"
+        reason = (
+            f"{checkpoint} holds weights that this run never saved (SHA-256 {weights[:12]}): name another checkpoint"
+        )
         if guard._good.promoted is not None:
             guard._good.adopt(guard._good.go_on(), guard._facts(cycle=guard._good.promoted.cycle))
         if not guard.frozen:
             stop = Decision(result="freeze", gate="audit", rule="checkpoint", reason=reason)
             guard._freeze(stop, cycle=None, agreed=True)
         guard._stop()
+        # It waited, and the resume went back to the promoted state.
+        if guard._good.promoted is None:
+            self.release()
+            raise UsageError(f"{reason}; nothing was promoted that training could go on from")
+        guard._log.append("model.attached", guard._attached())
+        self._set_boundary(resumed=True)
 
     # While training
 
     def update(
-        self, *, loss: Any, readings: Mapping[str, Any] | None = None, absent: Collection[str] = ()
-    ) -> tuple[What, Decision]:
+        self,
+        *,
+        loss: Any,
+        readings: Mapping[str, Any] | None = None,
+        absent: Collection[str] = (),
+        clip_norm: float | None = None,
+    ) -> What:
         """Decide about the update at hand, and take it where it is allowed; what became of it.
 
-        Raises LoopFrozen as `Cycle.update` does.
+        `clip_norm` is what the framework has clipped the gradients to, for the capsule. Raises LoopFrozen as
+        `Cycle.update` does.
         """
-        decision = self.cycle.update(loss=loss, readings=readings, absent=absent)
+        decision = self.cycle.update(loss=loss, readings=readings, absent=absent, clip_norm=clip_norm)
         if decision.result != "allow":
-            return "skipped", decision
+            return "skipped"
         if decision.rule == "overflow":
-            return "overflowed", decision
+            return "overflowed"
         for name, value in (readings or {}).items():
             total, count = self._sums.get(name, (0.0, 0))
             self._sums[name] = total + float(value), count + 1
-        return "applied", decision
+        return "applied"
 
     def evaluated(self, panel: Mapping[str, float]) -> None:
         """The framework has measured the weights. The promotion gate is asked at `settle`, when all of it is there."""
+        if self._measured != self._here:
+            self._panel = {}
+        self._measured = self._here
         self._panel.update(panel)
 
     def settle(self, apply: Callable[[], object] | None = None) -> Decision | None:
@@ -220,10 +306,8 @@ class Driver:
 
         Raises LoopFrozen as `Cycle.promote` does.
         """
-        if not self._panel:
-            return None
-        panel, self._panel = self._panel, {}
-        return self.promote(panel, apply)
+        panel, self._panel = self._fresh, {}
+        return self.promote(panel, apply) if panel else None
 
     def promote(self, panel: Mapping[str, float], apply: Callable[[], object] | None = None) -> Decision:
         """Ask whether the weights may be what a freeze goes back to, and what generates."""
@@ -238,10 +322,13 @@ class Driver:
             self._denied = 0
         elif not cycle.outlived():
             self._count_denied(decision)
-            # Where the model is its own actor, the end of the cycle puts the promoted weights back.
-            self._cycle = next(self._cycles)
-            self._sums.clear()
+            self.turn_back()
         return decision
+
+    def turn_back(self) -> None:
+        """End the cycle without a promotion: where the model is its own actor, the promoted weights are put back."""
+        self._cycle = next(self._cycles)
+        self._sums.clear()
 
     def may_act(self) -> Decision | None:
         """Why weights that were not promoted may not generate right now; None where they may.
@@ -272,18 +359,26 @@ class Driver:
         stop = Decision(result="freeze", gate="promotion", rule="engine", reason=reason)
         self.cycle._freeze(stop, roll_back=True)
 
-    def complete(self, panel: Mapping[str, float]) -> bool:
-        """Whether these are all the metrics that the guard policy's panel names."""
-        return all(one.metric in panel for one in self._guard.policy.promotion.panel)
+    def lacking(self, panel: Mapping[str, float]) -> list[str]:
+        """The metrics that the guard policy's panel names and that are not there."""
+        return [one.metric for one in self._guard.policy.promotion.panel if one.metric not in panel]
 
     def means(self) -> dict[str, float]:
         """The readings of this cycle's updates, each as its mean, and what was evaluated since the last promotion."""
-        return {name: total / count for name, (total, count) in self._sums.items()} | self._panel
+        return {name: total / count for name, (total, count) in self._sums.items()} | self._fresh
 
     def take_panel(self) -> dict[str, float]:
         """The same, and the evaluations count as asked about."""
         panel, self._panel = self.means(), {}
         return panel
+
+    @property
+    def _here(self) -> tuple[int, int]:
+        return self._guard._resumes, self._guard._ledger.last
+
+    @property
+    def _fresh(self) -> dict[str, float]:
+        return self._panel if self._measured == self._here else {}
 
     @property
     def updates(self) -> int:
@@ -330,7 +425,7 @@ class Driver:
         place = self._guard._consensus.place
         return "loopguard.json" if place.leads else f"loopguard.{place.stream}.json"
 
-    def _kept(self, checkpoint: Path) -> dict[str, Any] | None:
+    def _kept(self, checkpoint: Path, weights: str) -> dict[str, Any] | None:
         """What `saved` put there, if the log vouches for it; None where there is nothing of ours."""
         path = checkpoint / self._file_name
         guard = self._guard
@@ -339,8 +434,12 @@ class Driver:
         data = path.read_bytes()
         digest = hashlib.sha256(data).hexdigest()
         entries = read.entries(guard.run_dir, guard._consensus.place.stream)
-        if not any(entry.type == "checkpoint.saved" and entry.body["state"] == digest for entry in entries):
-            raise UsageError(f"{path} is not what this run wrote: take the checkpoint before, or remove this file")
+        written = {"state": digest, "weights": weights}
+        if not any(entry.type == "checkpoint.saved" and written.items() <= entry.body.items() for entry in entries):
+            raise UsageError(
+                f"{path} is not what this run wrote beside these weights: take the checkpoint before, or remove "
+                "this file"
+            )
         return dict(json.loads(data))
 
     # Ending

@@ -4,9 +4,9 @@ A framework finds the methods on the class, calls `reset` where a rollout begins
 `get_reward` at the end. What we give it has the same methods and none of their bodies. Each rollout has a cell of its
 own; the instance is made in there, and is pickled in there between calls.
 
-The pickle stays in the cell and is opened in the cell alone. So that what a method starts (a shell, say) cannot swap it
-for another between two calls, the controller remembers its digest. Code that a method executes in its own process can
-still make of the instance, and of the reward, what it likes.
+The pickle stays in the cell and is opened in the cell alone. What a method starts (a shell, say) can neither read it
+nor swap it for another: it is enciphered with a key of the rollout, and the controller remembers its digest. Code that
+a method executes in its own process can still make of the instance, and of the reward, what it likes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import asyncio
 import functools
 import inspect
 import json
+import secrets
 import threading
 import types
 from concurrent.futures import Future
@@ -23,6 +24,8 @@ from weakref import WeakKeyDictionary
 
 from loopguard.controller.calls import GONE
 from loopguard.controller.functions import (
+    FIRST,
+    KEY_BYTES,
     SERVE,
     check_rule,
     check_signature,
@@ -46,8 +49,11 @@ if TYPE_CHECKING:
     from loopguard.controller.guard import LoopGuard
     from loopguard.types import ToolCall
 
-STATE = ".loopguard-state"
-"""The file of a rollout that its instance lies in between two calls."""
+STATE = ".loopguard-state-"
+"""What the files of a rollout that its instance lies in between two calls begin with; the digest follows.
+
+Not one file that is written anew: a call that a limit ended may have left its own state there, and nobody was told.
+"""
 
 _OWN = ("reset", "get_reward")
 """Methods that a framework calls, and a model does not."""
@@ -55,13 +61,27 @@ _OWN = ("reset", "get_reward")
 _METHOD = f"""
 def _loopguard_answer(call, rest, told):
     import asyncio, hashlib, inspect, os, pickle, traceback
-    place, expected = os.path.abspath({STATE!r}), rest.decode()
+    secret, expected = rest[:{KEY_BYTES}], rest[{KEY_BYTES}:].decode()
+    folder = os.getcwd()
+
+    def ciphered(data, nonce):
+        # Each nonce once: what a model's code can read of it is noise.
+        stream = hashlib.shake_256(secret + nonce).digest(len(data))
+        return (int.from_bytes(data, "big") ^ int.from_bytes(stream, "big")).to_bytes(len(data), "big")
+
     if expected:
-        with open(place, "rb") as file:
-            state = file.read()
+        place = os.path.join(folder, {STATE!r} + expected)
+        try:
+            with open(place, "rb") as file:
+                state = file.read()
+        except OSError:
+            state = b""
         if hashlib.sha256(state).hexdigest() != expected:
             raise RuntimeError("the state of the environment was changed between two calls")
-        it = pickle.loads(state)
+        for name in os.listdir(folder):
+            if name.startswith({STATE!r}) and name != {STATE!r} + expected:
+                os.unlink(os.path.join(folder, name))
+        it = pickle.loads(ciphered(state[16:], state[:16]))
     else:
         it = {{name}}(**call.pop("__init__"))
 
@@ -70,10 +90,12 @@ def _loopguard_answer(call, rest, told):
             state = pickle.dumps(it)
         except Exception as error:
             raise TypeError(f"{{name}} cannot be kept between two calls: {{{{error}}}}") from error
-        with open(place + ".new", "wb") as file:
+        nonce = os.urandom(16)
+        state = nonce + ciphered(state, nonce)
+        digest = hashlib.sha256(state).hexdigest()
+        with open(os.path.join(folder, {STATE!r} + digest), "xb") as file:
             file.write(state)
-        os.replace(place + ".new", place)
-        told["state"] = hashlib.sha256(state).hexdigest()
+        told["state"] = digest
 
     (method, arguments), = call.items()
     try:
@@ -110,7 +132,7 @@ def guarded(guard: LoopGuard, cls: Any) -> Any:
     if "reset" not in methods:
         raise UsageError(f"{cls.__name__} has no method reset, which is where a rollout begins: add one")
     profile = _profile(guard, cls.__name__)
-    program = f"{portable(cls)}\n{SERVE}{_METHOD.format(name=cls.__name__)}"
+    program = f"{portable(cls, first=FIRST)}\n{SERVE}{_METHOD.format(name=cls.__name__)}"
     crowd = _crowd(guard, profile)
 
     def begin(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -234,8 +256,10 @@ class _Rollouts:
         self._start = start
         self._turn = threading.RLock()
         self._episode: EpisodeCalls | None = None
+        self._secret = b""
+        """Key of the rollout, which its instance is enciphered with in the cell."""
         self._state = ""
-        """Digest of the pickled instance; empty before there is one."""
+        """Digest of what the instance was kept as; empty before there is one."""
         self._resumes = guard._resumes
         self._refused = False
         self._gone = False
@@ -282,7 +306,7 @@ class _Rollouts:
                 if self._gone:
                     raise
                 outcome = lost(self._guard, call, error, resumes=self._resumes)
-            return self._result(method, outcome)
+            return self._result(method, call, outcome)
 
     async def aask(self, method: str, arguments: Mapping[str, Any]) -> Any:
         """The same, awaited; cancelling it ends the call, and the rollout with it."""
@@ -300,7 +324,8 @@ class _Rollouts:
             await self._guard._calls.arun(call, run, kill=self._kill)
         except SandboxError as error:
             # Too many wait: nothing was asked.
-            return self._result(method, await asyncio.to_thread(lost, self._guard, call, error, resumes=self._resumes))
+            outcome = await asyncio.to_thread(lost, self._guard, call, error, resumes=self._resumes)
+            return self._result(method, call, outcome)
         return asked.result()
 
     def _kill(self) -> None:
@@ -316,8 +341,9 @@ class _Rollouts:
         told: dict[str, Any] = {method: dict(arguments)}
         if not self._state:
             told = {"__init__": dict(self._start), **told}
+            self._secret = secrets.token_bytes(KEY_BYTES)
         code = json.dumps(told, ensure_ascii=False)
-        return new_call(self._name, code, program=self._program, rest=self._state.encode())
+        return new_call(self._name, code, program=self._program, rest=self._secret + self._state.encode())
 
     def _run(self, call: ToolCall, *, spends: bool) -> Outcome:
         if self._refused or self._outlived():
@@ -328,12 +354,12 @@ class _Rollouts:
         cycle = self._guard._cycle
         return self._episode.run(call, spends=spends, roll_back=cycle is not None and cycle.updates > 0)
 
-    def _result(self, method: str, outcome: Outcome) -> Any:
+    def _result(self, method: str, call: ToolCall, outcome: Outcome) -> Any:
         if outcome.status == "denied":
             # A rollout that could not begin is none; its tools must not work on an instance that was never reset.
             self._refused = self._refused or method == "reset"
             return None if method in _OWN else outcome.refusal
-        told = told_of(self._guard, self._name, outcome)
+        told = told_of(self._guard, call, outcome)
         self._state = str(told.get("state") or self._state)
         if "error" in told:
             raise ToolRaisedError(str(told["error"]), kind=str(told.get("kind", "")))

@@ -5,22 +5,25 @@ the arguments to a cell and brings the result back as JSON. The source is the lo
 arguments are a model's, so they are what the gate judges and what the log tells.
 
 What comes back is as trustworthy as what the function does with what a model wrote: text that it prints cannot pass for
-its result, but code that it executes in its own process can.
+its result, nor can what another process writes, since the answer is signed with a key of the call that only the process
+of the function has. Code that the function executes in its own process can.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import hmac
 import inspect
 import json
 import math
+import secrets
 import types
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from loopguard.controller.source import portable
-from loopguard.errors import SandboxError, ToolRaisedError, UsageError
+from loopguard.errors import SandboxBusyError, SandboxError, ToolRaisedError, UsageError
 from loopguard.gates.tools import REFUSAL
 from loopguard.types import Decision, Outcome, ToolCall
 
@@ -32,11 +35,25 @@ if TYPE_CHECKING:
 RESULT = ".loopguard-result"
 """The file that an answer comes back in. What a function prints is another stream, and never taken for it."""
 
+KEY_BYTES = 32
+"""How much of standard input is the key that an answer is signed with; a new one for each call."""
+
+FIRST = """import os, sys
+sys.path[:] = [place for place in sys.path if os.path.isabs(place) and not os.access(place, os.W_OK)]
+del os, sys
+"""
+"""What every program begins with: what a rollout left in its folder must not be imported in the place of a module."""
+
 SERVE = f'''
 def _loopguard_serve(answer):
     """Read one call, answer it, and leave the answer in a file."""
-    import json, os, sys, traceback
+    import ctypes, hmac, json, os, sys, traceback
 
+    # Nobody else of this user, such as a process that runs what a model wrote, may look into this one or change it.
+    if ctypes.CDLL(None).prctl(4, 0, 0, 0, 0) != 0:
+        raise RuntimeError("the memory of this process cannot be closed to others")
+    arguments = sys.stdin.buffer.readline()
+    key, rest = sys.stdin.buffer.read({KEY_BYTES}), sys.stdin.buffer.read()
     place = os.path.abspath({RESULT!r})
     if os.path.lexists(place):
         os.unlink(place)
@@ -54,15 +71,16 @@ def _loopguard_serve(answer):
             raise TypeError(f"the result holds a {{kind.__name__}}: give back text, numbers, lists or dicts")
 
     try:
-        arguments = json.loads(sys.stdin.buffer.readline())
-        told["result"] = answer(arguments, sys.stdin.buffer.read(), told)
+        told["result"] = answer(json.loads(arguments), rest, told)
         check(told["result"])
+        text = json.dumps(told)
     except BaseException as error:
         traceback.print_exc()
         told.pop("result", None)
         told["error"], told["kind"], status = str(error), type(error).__name__, 1
-    with open(place + ".new", "w") as file:
-        json.dump(told, file)
+        text = json.dumps(told)
+    with open(place + ".new", "wb") as file:
+        file.write(hmac.digest(key, text.encode(), "sha256").hex().encode() + text.encode())
     os.replace(place + ".new", place)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
@@ -106,7 +124,7 @@ def guarded(guard: LoopGuard, what: Any) -> Any:
         return _built_in(guard, what)
     function = check_function(what)
     check_rule(guard, function.__name__)
-    program = f"{portable(function)}\n{SERVE}{_CALL.format(name=function.__name__)}"
+    program = f"{portable(function, first=FIRST)}\n{SERVE}{_CALL.format(name=function.__name__)}"
     name = function.__name__
 
     def call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ToolCall:
@@ -117,13 +135,15 @@ def guarded(guard: LoopGuard, what: Any) -> Any:
 
         @functools.wraps(function)
         async def in_a_cell_async(*args: Any, **kwargs: Any) -> Any:
-            return result_of(guard, name, await arun(guard, call(args, kwargs)))
+            asked = call(args, kwargs)
+            return result_of(guard, asked, await arun(guard, asked))
 
         return in_a_cell_async
 
     @functools.wraps(function)
     def in_a_cell(*args: Any, **kwargs: Any) -> Any:
-        return result_of(guard, name, run(guard, call(args, kwargs)))
+        asked = call(args, kwargs)
+        return result_of(guard, asked, run(guard, asked))
 
     return in_a_cell
 
@@ -204,12 +224,17 @@ def check_signature(function: types.FunctionType, *, what: str = "") -> None:
 def check_rule(guard: LoopGuard, name: str) -> None:
     """Raises UsageError where no rule names a tool: a slip in a name would be a tool that is never allowed."""
     known = {rule.tool for rule in guard.policy.tools.rules}
-    if name not in known:
-        profile = next(iter(guard.policy.sandbox.profiles), "PROFILE")
+    rule = f"    - {{id: {name.lower()}, tool: {name}, then: run, sandbox: "
+    if not known:
         raise UsageError(
-            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known)) or 'none'}): "
-            f"rename the function, or add under tools.rules\n\n"
-            f"    - {{id: {name.lower()}, tool: {name}, then: run, sandbox: {profile}}}"
+            f"the guard policy has no tools, so the tool {name!r} would be refused every time: add to it\n\n"
+            f"tools:\n  rules:\n{rule}offline}}\n"
+            f"sandbox:\n  profiles:\n    offline: {{image: 'loopguard/python:1'}}"
+        )
+    if name not in known:
+        raise UsageError(
+            f"no rule of the guard policy names the tool {name!r} (there are {', '.join(sorted(known))}): "
+            f"rename the function, or add under tools.rules\n\n{rule}{next(iter(guard.policy.sandbox.profiles))}}}"
         )
 
 
@@ -225,13 +250,20 @@ def named(function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 def json_of(arguments: Mapping[str, Any], *, tool: str) -> str:
     """The arguments as JSON on one line. Raises UsageError, naming the argument, for what JSON would not bring back."""
     for name, value in arguments.items():
-        if (kind := _alien(value)) is not None:
+        try:
+            kind = _alien(value)
+        except RecursionError:
+            raise UsageError(f"{tool}({name}=...) is nested too deeply to be sent to a cell") from None
+        if kind is not None:
             raise UsageError(
                 f"{tool}({name}=...) holds a {kind.__name__}, which cannot be sent to a cell: "
                 f"pass text, numbers, or lists and dicts of them"
             )
-    # As it is written, so that patterns of a rule see what a model wrote.
-    return json.dumps(arguments, ensure_ascii=False)
+    try:
+        # As it is written, so that patterns of a rule see what a model wrote.
+        return json.dumps(arguments, ensure_ascii=False)
+    except ValueError as error:  # a whole number of thousands of digits
+        raise UsageError(f"the arguments of {tool} cannot be sent to a cell: {error}") from error
 
 
 def _alien(value: Any) -> type | None:
@@ -247,11 +279,11 @@ def _alien(value: Any) -> type | None:
 
 
 def new_call(tool: str, code: str, *, program: str = "", language: str = "python", rest: bytes = b"") -> ToolCall:
-    """A call of the cell's language, made by a function."""
-    fetch = (RESULT,) if program else ()
-    return ToolCall(
-        id=uuid.uuid4().hex, tool=tool, code=code, language=language, program=program, stdin=rest, fetch=fetch
-    )
+    """A call of the cell's language, made by a function. Where it has a program, `rest` goes in behind the key."""
+    told: dict[str, Any] = {}
+    if program:
+        told = {"program": program, "stdin": secrets.token_bytes(KEY_BYTES) + rest, "fetch": (RESULT,)}
+    return ToolCall(id=uuid.uuid4().hex, tool=tool, code=code, language=language, **told)
 
 
 # Running
@@ -298,6 +330,9 @@ def lost(guard: LoopGuard, call: ToolCall, error: SandboxError, *, resumes: int)
     if guard.frozen or guard._resumes != resumes:
         return Outcome(call_id=call.id, status="denied", refusal=REFUSAL)
     reason = f"the sandbox failed under a call of {call.tool}: {error}"
+    if isinstance(error, SandboxBusyError):
+        where = f"sandbox.profiles.{guard._cells.profile_of(call.tool)}"
+        reason = f"more calls of {call.tool} wait than {where}.queue lets wait for {where}.cells cells: raise either"
     freeze(guard, Decision(result="freeze", gate="tool", rule="sandbox", reason=reason))
     raise error
 
@@ -313,27 +348,43 @@ def freeze(guard: LoopGuard, decision: Decision) -> None:
 # What came back
 
 
-def result_of(guard: LoopGuard, name: str, outcome: Outcome) -> Any:
+def result_of(guard: LoopGuard, call: ToolCall, outcome: Outcome) -> Any:
     """What the function gave back, or the text of a refusal. Raises ToolRaisedError for what it raised instead."""
     if outcome.status == "denied":
         return outcome.refusal
-    told = told_of(guard, name, outcome)
+    told = told_of(guard, call, outcome)
     if "error" in told:
         raise ToolRaisedError(str(told["error"]), kind=str(told.get("kind", "")))
     return told["result"]
 
 
-def told_of(guard: LoopGuard, name: str, outcome: Outcome) -> dict[str, Any]:
+def told_of(guard: LoopGuard, call: ToolCall, outcome: Outcome) -> dict[str, Any]:
     """What the program told of a call that ran. Raises ToolRaisedError where it ended before it could."""
     if outcome.contained:
-        raise ToolRaisedError(_ending(guard, name, outcome), kind=outcome.status)
+        raise ToolRaisedError(_ending(guard, call.tool, outcome), kind=outcome.status)
+    if "larger" in outcome.not_fetched.get(RESULT, ""):
+        raise ToolRaisedError("gave too large a result", kind="no_result")
     try:
-        told = json.loads(outcome.files[RESULT])
+        told = unseal(call, outcome.files[RESULT])
     except (KeyError, ValueError, RecursionError) as error:
         raise ToolRaisedError("ended without a result", kind="no_result") from error
     if not isinstance(told, dict) or not told.keys() & {"result", "error"}:
         raise ToolRaisedError("ended without a result", kind="no_result")
     return told
+
+
+def seal(call: ToolCall, told: Mapping[str, Any]) -> bytes:
+    """An answer as the program of this call leaves it behind: signed with the key of the call."""
+    text = json.dumps(told).encode()
+    return hmac.digest(call.stdin[:KEY_BYTES], text, "sha256").hex().encode() + text
+
+
+def unseal(call: ToolCall, sealed: bytes) -> Any:
+    """What an answer tells. Raises ValueError where another than the program of this call wrote it."""
+    signature, text = sealed[:64], sealed[64:]
+    if not hmac.compare_digest(signature, hmac.digest(call.stdin[:KEY_BYTES], text, "sha256").hex().encode()):
+        raise ValueError("it is not signed with the key of its call")
+    return json.loads(text)
 
 
 def _ending(guard: LoopGuard, name: str, outcome: Outcome) -> str:
@@ -375,4 +426,7 @@ def _cut(text: str, most: int) -> str:
 
 def finite(value: Any) -> bool:
     """Whether this is a number that can be reckoned with."""
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    except OverflowError:
+        return False  # a whole number that no float holds

@@ -112,6 +112,8 @@ class LoopGuard:
         self._cycle: Cycle | None = None
         self._announced: list[Expectation] = []
         """Since the boundary: a rollback forgets them, and they are still to come."""
+        self._driven = False
+        """Whether a framework begins the cycles."""
         self._closed = False
 
     @classmethod
@@ -308,12 +310,14 @@ class LoopGuard:
         snapshot is missing or damaged.
         """
         if trainer is not None:
-            if model is not None or optimizer is not None:
-                raise UsageError("attach(trainer) takes the model and its optimizer from the trainer: leave them out")
+            taken = [model, optimizer, scheduler, actor, loop, scaler, averages, late]
+            if any(one is not None for one in taken):
+                raise UsageError("attach(trainer) takes model, optimizer and all else from the trainer: leave it out")
             self._check_attachable(loop=loop, config=config)
             if cycle_updates < 1:
                 raise UsageError(f"attach(cycle_updates={cycle_updates!r}): a cycle has at least 1 update")
             trainer_integration_for(trainer).attach(self, trainer, config=config, cycle_updates=cycle_updates)
+            self._driven = True
             return
         if model is None or optimizer is None:
             raise UsageError("attach needs a trainer, or model=... and optimizer=..., the one that moves its weights")
@@ -357,7 +361,10 @@ class LoopGuard:
             raise UsageError(f"attach(loop=...) got a {type(loop).__name__}; it needs state_dict and load_state_dict")
 
     def _hold(self, learner: Learner, *, loop: LoopState | None, config: Mapping[str, Any] | None) -> None:
-        """Take a learner in, and meet the other ranks."""
+        """Take a learner in, and meet the other ranks. Raises UsageError, holding nothing, where it cannot be kept."""
+        if trouble := learner.unkeepable():
+            learner.let_go()
+            raise UsageError(f"attach: {trouble}")
         self._learner = learner
         self._loop = loop
         self._config = copy.deepcopy(dict(config or {}))
@@ -416,6 +423,11 @@ class LoopGuard:
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
+        if self._driven:
+            raise UsageError("this guard is attached to a trainer, which begins its cycles by itself: call train()")
+        return self._turns(count, warmup=warmup)
+
+    def _turns(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
         promoted = self._good.promoted
         number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
         while number <= count:
@@ -776,7 +788,9 @@ class LoopGuard:
         if self._learner is not None and self._learner.same_actor and self._good.held and not keep:
             self._restore(actor_too=True, because="the cycle ended without a promotion and the model is its own actor")
         self._ledger.end_lease()
-        self._log.append("cycle.finished", {"result": "not promoted"}, cycle=cycle.number)
+        # Weights that stay are known to the log, so that another training may begin with them.
+        known = {"weights": self._learner.weights_digest()} if keep and self._learner is not None else {}
+        self._log.append("cycle.finished", {"result": "not promoted", **known}, cycle=cycle.number)
 
     # What a start finds
 

@@ -109,6 +109,10 @@ class Learner(Protocol):
         """These metrics as floats, before there is a gradient."""
         ...
 
+    def unkeepable(self) -> str:
+        """Why no snapshot can hold its state, with the way out, or the empty string. Speaks of this rank alone."""
+        ...
+
     def peers(self) -> Peers | None:
         """The ranks that train this model together; None where there is one. A collective."""
         ...

@@ -17,12 +17,13 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TypeVar, get_args
 
 from loopguard.audit import query, read
+from loopguard.audit.events import printable
 from loopguard.audit.log import AuditLog
 from loopguard.controller import directory as directories
 from loopguard.controller.cycle import Admitted
@@ -88,6 +89,8 @@ class Observer:
         self._finished: int | None = None
         """The cycle that was finished last by this process."""
         self._unreadable: set[str] = set()
+        self._stumbled = ""
+        """What went wrong in the observer itself; nothing is watched after it."""
         self._closed = False
         atexit.register(self._at_exit)
 
@@ -134,15 +137,16 @@ class Observer:
     ) -> None:
         self.close(broke=error)
 
-    def close(self, *, broke: BaseException | None = None) -> None:
+    def close(self, *, finished: bool = True, broke: BaseException | None = None) -> None:
         """Finish the record and print the summary. May be called twice.
 
-        `broke` is what ended the run early; left out, it is the exception that is under way, such as in a `finally`.
+        Not `finished` is a run that ended early. `broke` is what ended it; left out, it is the exception that is under
+        way, such as in a `finally`.
         """
         if self._closed or os.getpid() != self._pid:
             return
         broke = broke or sys.exc_info()[1]
-        finished, interrupted = broke is None, isinstance(broke, KeyboardInterrupt)
+        finished, interrupted = finished and broke is None, isinstance(broke, KeyboardInterrupt)
         # A device that broke with the run cannot tell of its last update, and must not hide why.
         with nullcontext() if finished else suppress(RuntimeError):
             self._collect()
@@ -229,11 +233,16 @@ class Observer:
         return sum(1 for _ in texts)
 
     def tool(self, what: T) -> T:
-        """Give back what it gets: observing changes nothing, so a tool of yours runs where it always ran."""
+        """Give back what it gets: observing changes nothing, so a tool of yours runs where it always ran.
+
+        That there is one is recorded, so that the policy which is suggested has a tool gate.
+        """
+        self._has_tool(what if isinstance(what, str) else getattr(what, "__name__", type(what).__name__))
         return what
 
     def wrap_environment(self, cls: T) -> T:
-        """Give back what it gets."""
+        """Give back what it gets, and record that it is there."""
+        self._has_tool(getattr(cls, "__name__", type(cls).__name__))
         return cls
 
     def wrap_reward(self, reward: T) -> T:
@@ -280,17 +289,18 @@ class Observer:
 
         Raises nothing: a reading that is no number is left out and named in the summary.
         """
-        if self._diary is None or self._closed or os.getpid() != self._pid:
+        if self._diary is None or self._closed or self._stumbled or os.getpid() != self._pid:
             return
-        values = self._numbers(readings)
-        if self._open_cycle is None:
-            self._begin_cycle(self._watch.cycle + 1)
-        update = self._watch.last + 1
-        armed = self._open_cycle is None or self._open_cycle > 0
-        decision, finding = self._watch.take(values, update=update, armed=armed, absent=absent)
-        self._diary.enter(update, values, absent=absent, signals=decision.signals)
-        if finding is not None:
-            self._foresee(finding, values)
+        with self._on_its_own():
+            values = self._numbers(readings)
+            if self._open_cycle is None:
+                self._begin_cycle(self._watch.cycle + 1)
+            update = self._watch.last + 1
+            armed = self._open_cycle is None or self._open_cycle > 0
+            decision, finding = self._watch.take(values, update=update, armed=armed, absent=absent)
+            self._diary.enter(update, values, absent=absent, signals=decision.signals)
+            if finding is not None:
+                self._foresee(finding, values)
 
     def measured(self, panel: Mapping[str, float]) -> None:
         """Take in an evaluation; the cycle ends with it, as it does where a guard would be asked to promote."""
@@ -318,8 +328,13 @@ class Observer:
         return "\n".join([f"LoopGuard observed {self.run_dir}", *(f"  {line}" for line in lines)])
 
     def _troubles(self) -> Iterator[str]:
+        if self._stumbled:
+            yield f"It was watched no further, by a mistake of the observer's own: {self._stumbled}."
         if self._unreadable:
-            yield f"Left out, since they were no numbers: {', '.join(sorted(self._unreadable))}."
+            named = sorted(self._unreadable)[:_NAMED]
+            more = len(self._unreadable) - len(named)
+            left_out = ", ".join(named) + (f" and {more:,} more" if more else "")
+            yield f"Left out, since they were no numbers with a name: {left_out}."
         if self._diary is not None and self._diary.trouble:
             yield f"The audit log is incomplete: {self._diary.trouble}."
 
@@ -329,6 +344,13 @@ class Observer:
         if self._learner is None:
             raise UsageError("no model is attached: call guard.attach(model=..., optimizer=...) first")
         return self._learner
+
+    def _has_tool(self, name: str) -> None:
+        if self._diary is None or self._closed or os.getpid() != self._pid:
+            return
+        if name not in self._watch.seen.tools:
+            self._watch.seen.tools[name] = None
+            self._diary.write("tool.observed", {"tool": name})
 
     def _collect(self) -> None:
         """Take in the update that the device has told of meanwhile."""
@@ -351,14 +373,16 @@ class Observer:
             self._finished = number
             self._diary.write("cycle.finished", {"result": "observed"}, cycle=number, sync=True)
 
-    def _evaluated(self, panel: Mapping[str, float]) -> None:
-        if self._diary is None or self._closed:
+    def _evaluated(self, panel: Mapping[str, float], *, unjudged: Mapping[str, float] | None = None) -> None:
+        if self._diary is None or self._closed or self._stumbled:
             return
-        values = self._numbers(panel)
-        if self._open_cycle is None:
-            self._begin_cycle(self._watch.cycle + 1)
-        self._watch.measured(values)
-        self._diary.write("eval.finished", {"panel": values}, cycle=self._open_cycle)
+        with self._on_its_own():
+            values = self._numbers(panel)
+            if self._open_cycle is None:
+                self._begin_cycle(self._watch.cycle + 1)
+            self._watch.measured(values)
+            body = {"panel": values} | ({"unjudged": self._numbers(unjudged)} if unjudged else {})
+            self._diary.write("eval.finished", body, cycle=self._open_cycle)
 
     def _foresee(self, finding: Finding, readings: Mapping[str, float]) -> None:
         assert self._diary is not None
@@ -369,10 +393,22 @@ class Observer:
         numbers = {}
         for name, value in values.items():
             try:
+                if not isinstance(name, str):
+                    raise TypeError
                 numbers[name] = float(value)
-            except (TypeError, ValueError, OverflowError):
-                self._unreadable.add(name)
+            except Exception:  # noqa: BLE001 - what a value raises that is asked for its number is up to its class
+                self._unreadable.add(printable(str(name)))
         return numbers
+
+    @contextmanager
+    def _on_its_own(self) -> Iterator[None]:
+        """Whatever goes wrong in here ends the watching, and not the training."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - that is the point; it is told, and what was seen until then stays
+            self._stumbled = printable(f"{type(error).__name__}: {error}")
+            if not self._quiet:
+                sys.stderr.write(f"loopguard: watching ended, and the run goes on: {self._stumbled}\n")
 
 
 class ObservedCycle:
@@ -394,6 +430,7 @@ class ObservedCycle:
 
     def tool(self, name: str) -> _NoTool:
         """A tool that raises UsageError when it is called: there is no sandbox without a guard policy."""
+        self._observer._has_tool(name)
         return _NoTool(name)
 
     def episode(self, profile: str) -> NoReturn:
@@ -464,13 +501,19 @@ class ObservedCycle:
         self._observer.see(readings)
         return _ALLOWED
 
-    def promote(self, panel: Mapping[str, float], *, apply: Callable[[], object] | None = None) -> Decision:
-        """Run `apply`, and record the panel. What `apply` raises is raised."""
+    def promote(
+        self,
+        panel: Mapping[str, float],
+        *,
+        apply: Callable[[], object] | None = None,
+        unjudged: Mapping[str, float] | None = None,
+    ) -> Decision:
+        """Run `apply`, and record the panel, and beside it what is `unjudged`. What `apply` raises is raised."""
         observer = self._observer
         observer._collect()
         if apply is None and observer._learner is not None and not observer._learner.same_actor:
             raise UsageError("promote(panel, apply=...) needs apply: how the actor takes the weights over")
-        observer._evaluated(panel)
+        observer._evaluated(panel, unjudged=unjudged)
         if apply is not None:
             apply()
         self.promoted = True

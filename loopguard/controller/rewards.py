@@ -11,7 +11,6 @@ import asyncio
 import functools
 import hashlib
 import inspect
-import json
 import math
 import threading
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,7 @@ from loopguard.errors import UsageError
 from loopguard.types import Decision, Provenance, Record
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from loopguard.controller.guard import LoopGuard
 
@@ -110,20 +109,33 @@ def _text(turns: Any) -> str:
 def _said(turn: Any) -> str:
     if not isinstance(turn, dict):
         return str(turn)
-    content = turn.get("content")
-    parts = content if isinstance(content, list) else [content]
-    texts = [str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in parts if part is not None]
-    # Nothing that a model wrote may hide in an argument of a call.
-    texts += [json.dumps(call, ensure_ascii=False, default=str) for call in turn.get("tool_calls") or ()]
-    return "\n".join(text for text in texts if text)
+    # Nothing that a model wrote may hide in an argument of a call, or in what it thought before it spoke.
+    return "\n".join(text for key, value in turn.items() if key != "role" for text in _texts(value))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All the text in a value, as it is: written as JSON, words would stick to the escapes between them."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield str(key)
+            yield from _texts(each)
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            yield from _texts(each)
+    elif value is not None:
+        yield str(value)
 
 
 def _sound(guard: LoopGuard, name: str, answers: Any, expected: int) -> list[Any]:
     """The answers, None in the place of each that is no finite number; those freeze the run."""
-    if isinstance(answers, (str, bytes, dict)) or not hasattr(answers, "__iter__"):
+    try:
+        several = None if isinstance(answers, (str, bytes, dict, set, frozenset)) else list(answers)
+    except TypeError:
+        several = None  # a number, alone or in a tensor
+    if several is None:
         _stop(guard, f"reward {name} gave a {type(answers).__name__}, not one number for each completion")
         return [None] * expected
-    answers = list(answers)
+    answers = several
     if len(answers) != expected:
         _stop(guard, f"reward {name} gave {len(answers)} answers for {expected} completions")
         return [None] * expected

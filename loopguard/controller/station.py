@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from loopguard.controller.guard import LoopGuard
+from loopguard.errors import UsageError
+from loopguard.policy.load import load
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -44,9 +46,11 @@ class ToolStation:
     ) -> Self:
         """Open a run directory under a guard policy, or go on with the one that is there.
 
-        Raises PolicyError, PolicyMismatchError, UsageError, SandboxUnavailableError, RunBusyError, AuditTamperedError,
-        AuditWriteError.
+        Raises PolicyError, PolicyMismatchError, UsageError (also for a policy that lets no tool run),
+        SandboxUnavailableError, RunBusyError, AuditTamperedError, AuditWriteError.
         """
+        if not load(Path(policy)).policy.tools.rules:
+            raise UsageError(f"{policy} lets no tool run, so every call would be refused: add tools and sandbox to it")
         return cls(LoopGuard.from_file(policy, run_dir=run_dir, command=command, runtimes=runtimes, mirror=mirror))
 
     def __enter__(self) -> Self:

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 MOST_FINDINGS = 200
 """Freezes that are kept and recorded; more of them are counted."""
 
-TYPES = ("run.started", "model.attached", "cycle.started", "update.expected", "update.applied", "eval.finished")
-"""The records that a run is judged from."""
+TYPES = (
+    *("run.started", "model.attached", "cycle.started", "update.expected", "update.applied", "eval.finished"),
+    *("tool.observed", "tool.decided"),
+)
+"""The records that a run is judged from, or that say what its policy needs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,8 @@ class Watch:
                 self.begin()
             case "model.attached":
                 self.attached(body)
+            case "tool.observed" | "tool.decided":
+                self.seen.tools[str(body["tool"])] = None
             case "cycle.started":
                 self.cycle = entry.cycle or 0
             case "update.expected":
@@ -129,6 +134,8 @@ class Watch:
         absent = {*absent, *self._given_up}
         if self.seen.tolerant:
             absent |= self.seen.metrics.keys() - {"loss"}
+        if self.seen.gave_up(readings, absent=absent):
+            self._join([])
         try:
             decision = self._gate.decide(readings, update=update, armed=armed, absent=absent)
         except MonitorError as error:

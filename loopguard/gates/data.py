@@ -146,7 +146,8 @@ class DataGate:
             return "source"
         if any(mark in record.prompt for mark in self._data.forbidden_in_prompt):
             return "forbidden_in_prompt"
-        if self._protected.overlaps(record.prompt + record.completion):
+        # Apart as well: where the two meet, the first word of a completion would stick to the last of its prompt.
+        if any(self._protected.overlaps(join.join((record.prompt, record.completion))) for join in ("", "\n")):
             return "overlap"
         return None
 

@@ -82,7 +82,7 @@ class UpdateGate:
             if value is None:
                 if monitor.metric in absent or monitor in self._optional:
                     continue
-                return self._freeze(f"missing:{monitor.metric}", _missing(monitor.metric, update))
+                return self._freeze(f"missing:{monitor.metric}", _missing(monitor.metric, update, readings))
             try:
                 signal = monitor.read(value, at=update, armed=armed)
             except Exception as error:
@@ -181,8 +181,12 @@ def _tighter(choose: Any, one: float | None, other: float | None) -> float | Non
     return float(choose(one, other))
 
 
-def _missing(metric: str, update: int) -> str:
-    return f"no reading of {metric} at update {update}: hand it in with cycle.update(readings=...)"
+def _missing(metric: str, update: int, readings: Collection[str]) -> str:
+    there = ", ".join(sorted(readings)) or "nothing"
+    return (
+        f"no reading of {metric} at update {update}, and the guard policy watches it; reported were {there}. "
+        "Correct the policy, or hand it in with cycle.update(readings=...)"
+    )
 
 
 def _rule(signal: Signal) -> str:

@@ -147,6 +147,10 @@ def changes(old: GuardPolicy, new: GuardPolicy) -> list[Change]:
     """Every difference between two policies in what they let happen."""
     before, after = _effective(old), _effective(new)
     found = [*_tools(before["tools"]["run"], after["tools"]["run"])]
+    if bool(before["tools"]["run"]) != bool(after["tools"]["run"]):
+        # Where no call runs, what bounds and watches calls has nothing to hold; the tools themselves have been said.
+        for said in (before, after):
+            said["tools"] |= {"freeze_above": None, "budget": None}
     # A tool that only one of them lets run has been said; only of tools in both can the conditions be compared.
     for tool in before["tools"]["run"].keys() ^ after["tools"]["run"].keys():
         before["tools"]["run"].pop(tool, None)

@@ -1,7 +1,7 @@
 """Write the guard policy that suits a run: the shipped default with the update and promotion gates made from the run.
 
 What it writes loads, and says of each number where it comes from. Every section but these two is the default's, word
-for word, so that the two cannot come to differ.
+for word, so that the two cannot come to differ. A run without tools gets a policy without them, which needs no Docker.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ _PROMOTION = f"""
 """.strip()
 
 
+_NO_TOOLS = """
+# The tool gate. No tool was seen, so there is no section `tools` and no `sandbox`: no call runs, each is refused and
+# recorded, and nothing asks for Docker. A loop that calls tools needs both sections; copy them from the default policy,
+# which `loopguard init` writes.
+""".strip()
+
+
 def draft(seen: Suggestion, *, run: str = "", notes: Sequence[str] = ()) -> str:
     """The text of a guard policy for a run like the one that was `seen`.
 
@@ -49,11 +56,18 @@ def draft(seen: Suggestion, *, run: str = "", notes: Sequence[str] = ()) -> str:
     blocks = [_head(seen, run, notes), _names(seen)]
     for block in said[2:]:
         key = next((line.partition(":")[0] for line in block.splitlines() if re.match(r"[a-z]\w*:", line)), "")
-        blocks.append({"updates": _updates, "promotion": _promotion}[key](seen) if key in _OURS else block.strip("\n"))
-    return "\n\n".join(blocks) + "\n"
+        blocks.append(_OURS[key](seen) if key in _OURS else block.strip("\n"))
+        if not seen.calls_tools:
+            blocks[-1] = _without_tools(key, blocks[-1])
+    return "\n\n".join(filter(None, blocks)) + "\n"
 
 
-_OURS = ("updates", "promotion")
+def _without_tools(key: str, block: str) -> str:
+    """What stands in place of a section where there are no tools."""
+    if key == "data":
+        # The records' checks are run again as tool calls.
+        return re.sub(r"( *#[^\n]*\n)* *recheck:[^\n]*\n", "", block)
+    return {"tools": _NO_TOOLS, "sandbox": ""}.get(key, block)
 
 
 def _head(seen: Suggestion, run: str, notes: Sequence[str]) -> str:
@@ -62,14 +76,17 @@ def _head(seen: Suggestion, run: str, notes: Sequence[str]) -> str:
         f"A guard policy drafted from {seen.updates:,} observed updates and {seen.evaluations:,} evaluations{of}.",
         "Read it, change what you know better, and check it with `loopguard policy check FILE`.",
         *notes,
-        "Where nothing calls tools, take `tools`, `sandbox` and `data.recheck` out: then nothing asks for Docker.",
     ]
+    if seen.tools:
+        named = ", ".join(map(_word, seen.tools))
+        lines.append(f"The tools of that run: {named}. Each needs a rule under `tools.rules`, by its exact name.")
     rest = "Every key is explained in docs/policy.md. Keys that are left out have the defaults named there."
     return "\n".join([*(part for line in lines for part in _comment(line, "")), "#", f"# {rest}"])
 
 
 def _names(seen: Suggestion) -> str:
-    text = f"Drafted from {seen.updates:,} observed updates. Tools run without a network."
+    tools = "Tools run without a network." if seen.calls_tools else "No tools."
+    text = f"Drafted from {seen.updates:,} observed updates. {tools}"
     return f"apiVersion: loopguard/v1\nname: suggested\ndescription: {text}"
 
 
@@ -164,15 +181,17 @@ def _panel_rule(metric: Metric, seen: Suggestion) -> dict[str, Any]:
 
 def _room(change: float, metric: Metric, width: float | None) -> float:
     biggest = max(abs(metric.low), abs(metric.high))
-    room = max(ROOM * change, LEAST_ROOM * (width or biggest or 1.0))
+    # Within what has two digits as a float.
+    room = min(max(ROOM * change, LEAST_ROOM * (width or biggest or 1.0), 1e-300), 1e300)
     # More than half of all there is would be no limit.
     return _up(min(room, width / 2) if width else room)
 
 
+_OURS = {"updates": _updates, "promotion": _promotion}
+
+
 def _up(value: float) -> float:
     """The next number with two digits."""
-    if not 0 < value < 1e300:
-        return value
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(value / unit - 1e-9) * unit:.2g}")
 

@@ -221,14 +221,15 @@ def _names(where: Where) -> tuple[str, ...]:
 def _misspelt_profiles(source: Source) -> Iterator[Placed]:
     """Rules that name a profile which is not there, also where other parts of the policy are not sound."""
     rules, profiles = _value(("tools", "rules"), source), _value(("sandbox", "profiles"), source)
-    if not isinstance(rules, list) or not isinstance(profiles, dict):
+    written = _value(("sandbox",), source) is not None
+    if not isinstance(rules, list) or (not isinstance(profiles, dict) if written else _misspelt(("sandbox",), source)):
         return
     named = [
         (("tools", "rules", i, "sandbox"), rule.get("sandbox"))
         for i, rule in enumerate(rules)
         if isinstance(rule, dict)
     ]
-    for where, tail in missing_profiles(named, list(profiles)):
+    for where, tail in missing_profiles(named, list(profiles) if written else None):
         yield from _said(where, tail, source)
 
 

@@ -30,10 +30,12 @@ def lints(policy: GuardPolicy) -> Iterator[Lint]:
     for name, profile in policy.sandbox.profiles.items():
         where: Where = ("sandbox", "profiles", name)
         if name not in used:
-            yield where, f"no rule uses the sandbox profile {name!r}; take it out, or name it in a rule"
+            it = "it" if len(policy.sandbox.profiles) > 1 else "the section sandbox"
+            yield where, f"no rule uses the sandbox profile {name!r}; take {it} out, or name it in a rule"
         yield from _profile(profile, where)
         if profile.egress is not None:
-            yield from _egress(profile.egress, (*where, "egress"), watched=policy.tools.freeze_above is not None)
+            watched = not policy.tools.rules or policy.tools.freeze_above is not None
+            yield from _egress(profile.egress, (*where, "egress"), watched=watched)
     if "model" in policy.data.sources and policy.data.max_own_share == 1:
         yield ("data", "max_own_share"), "data.max_own_share is 1, so nothing caps what the model writes for itself"
     yield from _updates(policy.updates)
@@ -57,7 +59,7 @@ def _tools(tools: Tools) -> Iterator[Lint]:
             if _NESTED_REPEAT.search(pattern):
                 message = f"{pattern!r} repeats a repeat; a hostile text can make it search for hours, so write it flat"
                 yield (*where, "refuse_patterns", k), message
-    if tools.freeze_above is None:
+    if tools.rules and tools.freeze_above is None:
         message = "tools has no freeze_above, so a model that keeps probing the fence never freezes the loop"
         yield ("tools",), message
 

@@ -232,7 +232,7 @@ class Tools(Section):
     budget: CallBudget | None = None
 
     def problems(self) -> Iterator[Problem]:
-        """Ids are unique, a tool runs in one sandbox, and something may run at all."""
+        """Ids are unique, a tool runs in one sandbox, and where there are rules, something may run at all."""
         yield from _twice([rule.id for rule in self.rules], ("rules",), "id")
         running: dict[str, str] = {}
         for i, rule in enumerate(self.rules):
@@ -242,11 +242,14 @@ class Tools(Section):
             elif rule.then == "run":
                 running[rule.tool] = rule.id
         denied = {rule.tool: rule.id for rule in self.rules if rule.then == "deny"}
-        if not running:
-            yield ("rules",), "let nothing run; add a rule with `then: run` and a `sandbox`"
-        elif not running.keys() - denied.keys():
+        if not running and self.rules:
+            tail = "add a rule with `then: run` and a `sandbox`, or take the rules out: what none lets run is refused"
+            yield ("rules",), f"let nothing run; {tail}"
+        elif running and not running.keys() - denied.keys():
             takers = ", ".join(sorted(repr(denied[tool]) for tool in running))
             yield ("rules",), f"let nothing run, since a deny always wins; take out {takers}"
+        if not self.rules and self.budget is not None:
+            yield ("budget",), "has no meaning without a rule that lets calls run; take it out"
 
 
 class CellLimits(Section):
@@ -364,8 +367,6 @@ class Sandbox(Section):
         for profile in self.profiles:
             if not re.fullmatch(_IDENTIFIER, profile):
                 yield ("profiles", profile), "is no name for a profile; use small letters, digits, '-' and '_'"
-        if not self.profiles:
-            yield ("profiles",), "is empty; describe at least one kind of cell"
 
 
 class KeptShare(Section):
@@ -673,15 +674,18 @@ class Audit(Section):
 
 
 class GuardPolicy(Section):
-    """Everything that a guard policy file says, with the defaults filled in."""
+    """Everything that a guard policy file says, with the defaults filled in.
+
+    One without `tools` lets no call run, and so needs no `sandbox`: nothing of it asks for Docker.
+    """
 
     apiVersion: Literal["loopguard/v1"] = Field(  # noqa: N815 - as it is written in the file
         description="the version of this format: loopguard/v1"
     )
     name: PolicyName = Field(description="what to call this policy in logs and reports")
     description: Text | None = None
-    tools: Tools = Field(description="the tool gate: which calls run, and where")
-    sandbox: Sandbox = Field(description="the cells that tool calls run in")
+    tools: Tools = Field(default_factory=lambda: Tools(rules=()))
+    sandbox: Sandbox = Field(default_factory=lambda: Sandbox(profiles={}))
     data: Data = Field(description="the data gate: what may become training data")
     updates: Updates = Field(description="the update gate: which optimizer steps may move the weights")
     promotion: Promotion = Field(description="the promotion gate: which weights may become the actor")
@@ -690,9 +694,13 @@ class GuardPolicy(Section):
     audit: Audit = Audit()
 
     def problems(self) -> Iterator[Problem]:
-        """Every rule runs its calls in a profile that exists, and what is bounded by the rollout has rollouts."""
+        """Every rule runs its calls in a profile that exists, and what needs calls or rollouts has them."""
         wanted = [(("tools", "rules", i, "sandbox"), rule.sandbox) for i, rule in enumerate(self.tools.rules)]
-        yield from missing_profiles(wanted, list(self.sandbox.profiles))
+        written = "sandbox" in self.model_fields_set
+        yield from missing_profiles(wanted, list(self.sandbox.profiles) if written else None)
+        if self.data.recheck is not None and not self.tools.rules:
+            tail = "runs the checks of records as tool calls, and no rule lets one run; add tools, or take it out"
+            yield ("data", "recheck"), tail
         used = [self.sandbox.profiles.get(rule.sandbox or "") for rule in self.tools.rules]
         rollouts = any(profile is not None and profile.mode == "episode" for profile in used)
         if self.tools.budget is not None and self.tools.budget.per_rollout is not None and not rollouts:
@@ -700,9 +708,14 @@ class GuardPolicy(Section):
             yield ("tools", "budget", "per_rollout"), tail
 
 
-def missing_profiles(wanted: Iterable[tuple[Where, Any]], profiles: Sequence[str]) -> Iterator[Problem]:
-    """The rules that name a profile which is not there."""
-    known = ", ".join(sorted(profiles)) or "none"
+def missing_profiles(wanted: Iterable[tuple[Where, Any]], profiles: Sequence[str] | None) -> Iterator[Problem]:
+    """The rules that name a profile which is not there; one sentence where there is no section `sandbox` (None)."""
+    if not profiles:
+        if any(isinstance(profile, str) for _, profile in wanted):
+            empty = (("sandbox", "profiles"), "is empty; describe at least one kind of cell")
+            yield (("sandbox",), "is missing: the cells that tool calls run in") if profiles is None else empty
+        return
+    known = ", ".join(sorted(profiles))
     for where, profile in wanted:
         if isinstance(profile, str) and profile not in profiles:
             yield where, f"is {shown(profile)}; sandbox.profiles has {known}{did_you_mean(profile, profiles)}"

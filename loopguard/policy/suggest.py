@@ -146,6 +146,8 @@ class Suggestion:
         self.updates = 0
         self.by_reward = False
         """Whether the trainer is one whose loss is a policy-gradient surrogate."""
+        self.tools: dict[str, None] = {}
+        """The names of the tools that it has, in the order in which they showed up."""
         self.tolerant = False
         """Whether a framework hands the metrics in, and knows itself which of them an update has none of."""
         self._awaited: Counter[str] = Counter()
@@ -172,6 +174,22 @@ class Suggestion:
             metric.rules, metric.why_not = self._fitting(metric, self._taken())
         return ready
 
+    def gave_up(self, readings: Mapping[str, float], *, absent: Collection[str] = ()) -> bool:
+        """Whether metrics have stopped coming that never moved; from now on they are not watched.
+
+        This can be taken back, for once: nothing could have tripped on one value, and of one that never moved the draft
+        has no monitor that would miss it.
+        """
+        gone = [
+            metric
+            for name, metric in self.metrics.items()
+            if metric.rules and name not in _ALWAYS and name not in readings and name not in absent
+            if metric.low == metric.high
+        ]
+        for metric in gone:
+            metric.rules, metric.why_not = (), _MISSED
+        return bool(gone)
+
     def measured(self, panel: Mapping[str, float]) -> None:
         """Take in an evaluation."""
         self.evaluations += 1
@@ -179,6 +197,11 @@ class Suggestion:
             self.panel.setdefault(name, Metric(name, first=self.evaluations)).take(
                 value, update=self.evaluations, armed=True
             )
+
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the run has tools: it said so, or its trainer reports on them."""
+        return bool(self.tools) or any(name.startswith("tools/") for name in self.metrics)
 
     @property
     def loss_kind(self) -> LossKind:

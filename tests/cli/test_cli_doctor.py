@@ -24,6 +24,7 @@ def test_doctor_without_an_engine_says_what_to_do_and_is_1(monkeypatch, capsys, 
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)}
     assert findings["engine"]["state"] == "trouble"
     assert "loopguard sandbox build" in findings["engine"]["do"]
+    assert "a guard policy without tools needs none" in findings["engine"]["do"]
     assert findings["python"]["state"] == findings["disk"]["state"] == findings["clock"]["state"] == "fine"
 
 

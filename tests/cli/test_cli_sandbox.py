@@ -117,6 +117,12 @@ class TestWrongWords:
         assert said().endswith("no sandbox profile 'elsewhere'; there are other, offline")
 
     @pytest.mark.parametrize("command", [["exec", "1"], ["inspect"], ["bench"]])
+    def test_a_policy_without_tools(self, said, command):
+        """There is no cell to try, and none of another policy is tried in its place."""
+        assert loopguard(*command, "--policy", DEFAULT.with_name("supervised.yaml")) == 2
+        assert "lets no tool run and describes no cell" in said()
+
+    @pytest.mark.parametrize("command", [["exec", "1"], ["inspect"], ["bench"]])
     def test_a_policy_with_a_mistake(self, said, policy, command):
         policy.write_text(policy.read_text().replace("default: deny", "default: dney"))
         assert loopguard(*command, "--policy", policy) == 3

@@ -104,6 +104,11 @@ class TestWrongWords:
         assert code == 2
         assert "192.0.2.1" in said
 
+    def test_a_policy_without_tools_would_serve_nothing(self, serve_here):
+        code, said = serve_here(policy=DEFAULT.with_name("supervised.yaml"))
+        assert code == 2
+        assert "supervised.yaml lets no tool run, so every call would be refused: add tools and sandbox to it" in said
+
     def test_a_policy_with_a_mistake(self, serve_here, tmp_path):
         (tmp_path / "policy.yaml").write_text(DEFAULT.read_text().replace("default: deny", "default: dney"))
         code, said = serve_here(policy=tmp_path / "policy.yaml")

@@ -55,6 +55,18 @@ class TestRecordByRecord:
         outside = record(2, prompt="x ", completion=" ".join(words[5:17]))
         assert reasons(watch.verdict([inside, outside], proposed=None)) == {"r1": "overlap"}
 
+    def test_so_are_thirteen_where_a_prompt_ends_and_a_completion_begins(self):
+        """Whether or not there is a space between the two."""
+        words = [f"word{i}" for i in range(13)]
+        watch = gate(overlap_ngram=13)
+        watch.protect([" ".join(words)])
+        whole = record(1, prompt="q", completion=" ".join(words))
+        parted = record(2, prompt=" ".join(words[:6]), completion=" ".join(words[6:]))
+        cut = record(3, prompt=" ".join(words[:6]) + " wor", completion=" ".join(words[6:])[3:])
+        assert reasons(watch.verdict([whole, parted, cut], proposed=None)) == dict.fromkeys(
+            ["r1", "r2", "r3"], "overlap"
+        )
+
     def test_a_short_evaluation_text_has_to_match_whole(self):
         watch = gate()
         watch.protect(["2 + 2 = 4"])

@@ -13,7 +13,7 @@ trl = pytest.importorskip("trl", reason="and those of TRL")
 
 import accelerate
 from accelerate.optimizer import AcceleratedOptimizer
-from trainer_kit import WARNINGS, batches, make_grpo, make_trainer
+from trainer_kit import WARNINGS, batches, make_grpo, make_sft, make_trainer
 from trainer_lab import TrainerLab
 
 from loopguard.errors import UsageError
@@ -64,6 +64,23 @@ def test_a_trainer_of_trl_that_reports_elsewhere_is_not_attached_to(tmp_path):
     del trainer._metrics
     with TrainerLab(tmp_path).open() as guard, pytest.raises(UsageError, match="_metrics"):
         guard.attach(trainer)
+
+
+@pytest.mark.filterwarnings("ignore:.*experimental:UserWarning")
+@pytest.mark.parametrize("name", ["gkd.GKDTrainer", "async_grpo.AsyncGRPOTrainer", "sdft.SDFTTrainer"])
+def test_a_trainer_that_generates_in_a_way_of_its_own_is_refused(tmp_path, name):
+    """Its weights would act without anybody having been asked."""
+    module, _, kind = name.partition(".")
+    found = pytest.importorskip(f"trl.experimental.{module}", exc_type=ImportError)
+    trainer = make_sft(tmp_path, 1)
+    trainer.__class__ = getattr(found, kind)
+    with TrainerLab(tmp_path).open() as guard, pytest.raises(UsageError, match=f"{kind} generates what it trains on"):
+        guard.attach(trainer)
+
+
+@pytest.mark.parametrize("kind", [trl.SFTTrainer, trl.DPOTrainer, trl.RewardTrainer, trl.KTOTrainer])
+def test_one_that_does_not_generate_is_not_taken_for_such_a_one(kind):
+    of_trl.refuse_what_generates_otherwise(object.__new__(kind))
 
 
 def test_an_optimizer_that_accelerate_did_not_prepare_is_refused_before_a_weight_moves(tmp_path):

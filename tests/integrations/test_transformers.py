@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 
@@ -18,7 +19,10 @@ pytest.importorskip("accelerate", reason="a Trainer needs accelerate")
 from trainer_kit import WARNINGS, Diary, batches, make_trainer, nan, same, state_of
 from trainer_lab import BOUNDS, EVAL_LOSS, SKIP, TrainerLab
 
+from loopguard.cli.app import _main
 from loopguard.errors import LoopFrozen, UsageError
+from loopguard.integrations.torch.digest import sha256
+from loopguard.snapshots import read_capsule
 
 pytestmark = [pytest.mark.train, *(pytest.mark.filterwarnings(one) for one in WARNINGS)]
 
@@ -95,6 +99,16 @@ class TestTheVeto:
         assert applied.body["readings"]["grad_norm"] == pytest.approx(norms, rel=1e-5)
         assert min(norms) > 0.01
 
+    def test_batches_that_are_no_dicts_are_kept_as_they_are(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(4, {3: nan}))
+        trainer.data_collator = lambda rows: [torch.stack([row["input_ids"] for row in rows]), rows[0]["w"]]
+        trainer.floating_point_ops = lambda inputs: 0
+        trainer.compute_loss = lambda model, inputs, **_: model(input_ids=inputs[0], labels=inputs[0]).loss * inputs[1]
+        with pytest.raises(LoopFrozen, match="loss"):
+            lab.train(trainer)
+        capsule = read_capsule(lab.run_dir / "freezes" / "f1")
+        assert [len(update.batches) for update in capsule.updates()] == [1, 1, 1, 1]
+
     def test_a_stray_step_around_the_gate_moves_nothing(self, lab):
         class Stray(transformers.TrainerCallback):
             def on_substep_end(self, args, state, control, optimizer=None, **kwargs):
@@ -119,6 +133,7 @@ class TestAQuietGuard:
             {"gradient_accumulation_steps": 2},
             {"bf16": True},
             {"max_grad_norm": 0.0},
+            {"max_grad_norm": float("inf")},
             {
                 "lr_scheduler_type": "reduce_lr_on_plateau",
                 "lr_scheduler_kwargs": None,
@@ -141,6 +156,26 @@ class TestAQuietGuard:
             {**row, "train_runtime": 0} for row in _told(bare)
         ]
 
+    @pytest.mark.parametrize("accumulated", [1, 2])
+    def test_also_with_a_gradient_scaler_whose_first_scale_is_too_large(self, lab, monkeypatch, accumulated):
+        """Its overflows are no updates, and tick no schedule."""
+
+        def scaled(folder):
+            trainer = make_trainer(folder, batches(12), optim="sgd", gradient_accumulation_steps=accumulated)
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+            trainer.accelerator.native_amp = True
+            monkeypatch.setattr(trainer.accelerator.state, "_mixed_precision", "fp16")
+            return trainer
+
+        guarded = lab.train(scaled(lab.tmp_path))
+        bare = scaled(lab.tmp_path)
+        bare.train()
+        assert same(state_of(guarded), state_of(bare))
+        assert guarded.accelerator.scaler.state_dict() == bare.accelerator.scaler.state_dict()
+        told = lab.events("update.applied", "update.overflowed")
+        overflows = sum(entry.body.get("overflows", entry.body.get("count")) for entry in told)
+        assert overflows == 12 // accumulated - guarded.lr_scheduler.state_dict()["last_epoch"] > 0
+
     def test_takes_the_guard_off_when_training_is_over(self, lab):
         """The optimizer steps as before, and a second `train()` is guarded again."""
         trainer = make_trainer(lab.tmp_path, batches(2))
@@ -149,8 +184,8 @@ class TestAQuietGuard:
             trainer.train()
             trainer.optimizer.optimizer.step()
             trainer.train_dataset = batches(2, {0: nan})
-            with pytest.raises(UsageError, match="does not know"):
-                trainer.train()  # somebody has moved the weights since
+            with pytest.raises(LoopFrozen, match="loss is nan"):
+                trainer.train()
 
 
 def _told(trainer):
@@ -204,8 +239,19 @@ class TestPromotion:
         assert lab.events("cycle.finished")[-1].body["result"] == "not promoted"
         assert not lab.events("promotion.decided")
 
+    def test_the_last_evaluation_is_of_the_last_weights_and_not_of_the_best_that_are_loaded_then(self, lab):
+        lab.write(panel=EVAL_LOSS)
+        digests = Digests()
+        best = {"save_strategy": "best", "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+        trainer = make_trainer(lab.tmp_path, batches(6), eval_rows=batches(1), callbacks=[digests], **best, **EVERY_TWO)
+        lab.train(trainer)
+        assert digest(trainer.model) == digests.after[1]  # the first evaluation was the best
+        decided = [entry.body["weights"] for entry in lab.events("promotion.decided")]
+        assert decided == digests.after[1::2]
+
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
+EVERY_TWO = {"eval_strategy": "steps", "eval_steps": 2}
 
 
 class TestCheckpoints:
@@ -265,8 +311,9 @@ class TestCheckpoints:
         with pytest.raises(LoopFrozen, match="never saved"):
             lab.train(again, resume_from_checkpoint=True)
 
-    def test_a_checkpoint_that_a_freeze_undid_is_put_back_and_the_data_go_on(self, lab):
-        """The run froze at update 6 and went back to 3; the checkpoint of 4 holds what was undone."""
+    @pytest.mark.parametrize("undone", [4, 6])
+    def test_a_checkpoint_that_a_freeze_undid_is_put_back_and_the_data_go_on(self, lab, undone):
+        """The run froze at update 6 and went back to 3. The checkpoint of 6 was written right before the freeze."""
         lab.write(monitors=FINITE, panel=STRICT)
         arguments = {
             "eval_rows": batches(1),
@@ -279,16 +326,93 @@ class TestCheckpoints:
         diary = Diary()
         with pytest.raises(LoopFrozen):
             lab.train(make_trainer(lab.tmp_path, batches(8, {4: -60.0}), callbacks=[diary], **arguments))
-        (lab.tmp_path / "trainer" / "checkpoint-6").rename(lab.tmp_path / "other")
-        from loopguard.cli.app import _main
-
         assert _main(["resume", str(lab.run_dir), "--by", "dana", "--reason", "ruined batch removed"]) == 0
         second = Diary()
         again = make_trainer(lab.tmp_path, batches(8), callbacks=[second], **arguments)
-        lab.train(again, resume_from_checkpoint=True)
+        lab.train(again, resume_from_checkpoint=str(lab.tmp_path / "trainer" / f"checkpoint-{undone}"))
         assert same(second.before[0][0], diary.after[2][0])
         assert again.state.global_step == 8
         assert "undid" in lab.events("snapshot.restored")[-1].body["because"]
+
+    def test_the_checkpoint_that_a_freeze_went_back_to_is_as_good_as_before(self, lab):
+        lab.write(monitors=FINITE, panel=STRICT)
+        arguments = {"eval_rows": batches(1), "learning_rate": 3.0, "optim": "sgd", **EVERY_TWO, **SAVING}
+        with pytest.raises(LoopFrozen):
+            lab.train(make_trainer(lab.tmp_path, batches(4, {2: -60.0, 3: -60.0}), **arguments))
+        assert _main(["resume", str(lab.run_dir), "--by", "dana", "--reason", "ruined batch removed"]) == 0
+        again = make_trainer(lab.tmp_path, batches(4), **arguments)
+        lab.train(again, resume_from_checkpoint=str(lab.tmp_path / "trainer" / "checkpoint-2"))
+        assert lab.events("checkpoint.loaded")[-1].body["update"] == 2
+
+    def test_a_checkpoint_of_after_the_promotion_that_a_person_went_back_to_is_put_back(self, lab):
+        """Else `--rollback` and `resume_from_checkpoint=True` together would undo the rollback."""
+        lab.write(panel=EVAL_LOSS)
+        arguments = {"eval_rows": batches(1), **EVERY_TWO, **SAVING}
+        diary, second = Diary(), Diary()
+        lab.train(make_trainer(lab.tmp_path, batches(6), callbacks=[diary], **arguments))
+        assert _main(["rollback", str(lab.run_dir), "--to", "1", "--by", "dana", "--reason", "it cheats"]) == 0
+        again = make_trainer(lab.tmp_path, batches(8), callbacks=[second], **arguments)
+        lab.train(again, resume_from_checkpoint=True)
+        assert same(second.before[0], diary.after[1])
+        assert again.state.global_step == 8
+
+    def test_update_numbers_that_start_again_are_of_another_epoch(self, lab):
+        """A finished run is taken up again at an earlier checkpoint."""
+        lab.train(make_trainer(lab.tmp_path, batches(4), **SAVING))
+        again = make_trainer(lab.tmp_path, batches(4), **SAVING)
+        lab.train(again, resume_from_checkpoint=str(lab.tmp_path / "trainer" / "checkpoint-2"))
+        applied = [(entry.epoch, entry.body["from"], entry.body["to"]) for entry in lab.events("update.applied")]
+        assert applied == [(0, 1, 2), (0, 3, 4), (1, 3, 4)]
+
+    def test_a_training_that_broke_off_goes_on_in_the_same_process(self, lab):
+        """What it had applied is in the log before the checkpoint is."""
+
+        class Once(transformers.TrainerCallback):
+            broken = False
+
+            def on_step_end(self, args, state, control, **kwargs):
+                if state.global_step == 3 and not self.broken:
+                    self.broken = True
+                    raise RuntimeError("the metrics server is down")
+
+        trainer = make_trainer(lab.tmp_path, batches(4), callbacks=[Once()], **SAVING)
+        with lab.open() as guard:
+            guard.attach(trainer)
+            with pytest.raises(RuntimeError):
+                trainer.train()
+            trainer.train(resume_from_checkpoint=True)
+        told = [entry.body["to"] for entry in lab.events("update.applied")]
+        assert told == [2, 3, 4]
+        third, loaded = lab.events("update.applied")[1], lab.events("checkpoint.loaded")[0]
+        assert third.seq < loaded.seq
+
+    def test_what_the_monitors_knew_belongs_to_the_weights_it_lies_beside(self, lab):
+        lab.train(make_trainer(lab.tmp_path, batches(4), **SAVING))
+        folder = lab.tmp_path / "trainer"
+        shutil.copy(folder / "checkpoint-2" / "loopguard.json", folder / "checkpoint-4" / "loopguard.json")
+        with pytest.raises(UsageError, match="not what this run wrote beside these weights"):
+            lab.train(make_trainer(lab.tmp_path, batches(6), **SAVING), resume_from_checkpoint=True)
+
+    def test_promoted_weights_without_their_checkpoint_still_have_what_the_monitors_knew(self, lab):
+        """As where another process trains on the model that was saved last."""
+        lab.write(monitors=BOUNDS % "1000" + ", {kind: jump, metric: loss}", panel=EVAL_LOSS)
+        with lab.open() as guard:
+            first = make_trainer(lab.tmp_path, batches(4), eval_rows=batches(1))
+            guard.attach(first)
+            first.train()
+            knew = guard._updates_gate.state_dict()
+        with lab.open() as guard:
+            second = make_trainer(lab.tmp_path, batches(4), eval_rows=batches(1), model=first.model)
+            guard.attach(second)
+
+            class Look(transformers.TrainerCallback):
+                def on_train_begin(self, args, state, control, **kwargs):
+                    states.append(guard._updates_gate.state_dict())
+
+            states = []
+            second.add_callback(Look())
+            second.train()
+        assert states == [knew]
 
     def test_other_weights_in_the_same_run_directory_are_refused(self, lab):
         lab.train(make_trainer(lab.tmp_path, batches(4)))
@@ -306,22 +430,58 @@ class TestGoingOn:
         trainer = make_trainer(lab.tmp_path, batches(6, {3: nan}))
         diary = Diary()
         trainer.add_callback(diary)
-
-        def resume():
-            while not (lab.run_dir / "latch").exists() or not lab.events("freeze.entered"):
-                time.sleep(0.05)
-            command = ["loopguard", "resume", str(lab.run_dir), "--by", "dana", "--reason", "bad row"]
-            main = "from loopguard.cli.app import main; main()"
-            subprocess.run([sys.executable, "-c", main, *command[1:]], check=True, capture_output=True)
-
-        person = threading.Thread(target=resume)
-        person.start()
-        lab.train(trainer)
-        person.join()
+        with somebody_resumes(lab):
+            lab.train(trainer)
         assert trainer.state.global_step == 6
         assert same(diary.after[3][0], diary.before[0][0])  # nothing was promoted: back to the beginning
         assert [entry.body["by"] for entry in lab.events("resume.applied")] == ["dana"]
         assert lab.events("update.applied")[-1].body["to"] == 2
+
+    def test_the_norm_of_an_update_that_was_dropped_unjudged_is_not_that_of_the_next(self, lab):
+        lab.write(freeze="when_frozen: wait")
+        norms = []
+
+        class Freezing(transformers.TrainerCallback):
+            def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+                norms.append(float(torch.nn.utils.get_total_norm([one.grad for one in model.parameters()])))
+                if state.global_step == 2:
+                    (lab.run_dir / "latch").write_text("{}")
+
+        trainer = make_trainer(lab.tmp_path, batches(5), callbacks=[Freezing()], max_grad_norm=1e9)
+        with somebody_resumes(lab):
+            lab.train(trainer)
+        read = [norm for entry in lab.events("update.applied") for norm in entry.body["readings"]["grad_norm"]]
+        assert read == pytest.approx([*norms[:2], *norms[3:]])
+
+    def test_weights_that_nobody_saved_do_not_train_on_when_there_is_nothing_to_go_back_to(self, lab):
+        lab.write(freeze="when_frozen: wait")
+        lab.train(make_trainer(lab.tmp_path, batches(4), **SAVING))
+        make_trainer(lab.tmp_path, batches(4, {1: 2.0}), **SAVING).train()  # over the same checkpoints
+        again = make_trainer(lab.tmp_path, batches(6), **SAVING)
+        with somebody_resumes(lab), pytest.raises(UsageError, match="nothing was promoted"):
+            lab.train(again, resume_from_checkpoint=True)
+        assert again.state.global_step == 4
+
+    def test_a_resume_of_weights_that_nobody_saved_goes_on_from_the_promoted_ones(self, lab):
+        lab.write(freeze="when_frozen: wait", panel=EVAL_LOSS)
+        arguments = {"eval_rows": batches(1), **EVERY_TWO, **SAVING}
+        digests = Digests()
+        lab.train(make_trainer(lab.tmp_path, batches(4), **arguments))
+        make_trainer(lab.tmp_path, batches(4, {1: 2.0}), **arguments).train()
+        again = make_trainer(lab.tmp_path, batches(6), callbacks=[digests], **arguments)
+        with somebody_resumes(lab):
+            lab.train(again, resume_from_checkpoint=True)
+        promoted = [entry.body["weights"] for entry in lab.events("promotion.decided")]
+        assert digests.before[0] == promoted[1]
+        assert lab.events("model.attached")[-1].body["weights"] == promoted[1]
+
+    def test_a_trainer_can_train_again_where_it_left_off_without_a_promotion(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(3))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            trainer.train()
+            trainer.train()
+        assert lab.events("update.applied")[-1].body["to"] == 6
 
     def test_two_trainers_can_follow_each_other_under_one_guard(self, lab):
         """As in expert iteration, where each iteration makes a trainer of its own."""
@@ -333,6 +493,40 @@ class TestGoingOn:
             guard.attach(second)
             second.train()
         assert [entry.body["update"] for entry in lab.events("snapshot.written") if entry.body["promoted"]] == [3, 6]
+
+
+class Digests(transformers.TrainerCallback):
+    """Of the weights before and after each update."""
+
+    def __init__(self):
+        self.before, self.after = [], []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.before.append(digest(model))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.after.append(digest(model))
+
+
+def digest(model):
+    return sha256([model.state_dict()])
+
+
+@contextmanager
+def somebody_resumes(lab):
+    """From another terminal, as soon as the run is frozen."""
+
+    def resume():
+        while not (lab.run_dir / "latch").exists() or not lab.events("freeze.entered"):
+            time.sleep(0.05)
+        command = ["resume", str(lab.run_dir), "--by", "dana", "--reason", "bad row"]
+        main = "from loopguard.cli.app import main; main()"
+        subprocess.run([sys.executable, "-c", main, *command], check=True, capture_output=True)
+
+    person = threading.Thread(target=resume)
+    person.start()
+    yield
+    person.join()
 
 
 class TestWhatCannotBeGuarded:
@@ -353,6 +547,27 @@ class TestWhatCannotBeGuarded:
         with lab.open() as guard, pytest.raises(UsageError, match="DeepSpeed's engine steps by itself.*observe"):
             guard.attach(trainer)
 
+    def test_a_trial_of_a_hyperparameter_search_is_refused(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            with pytest.raises(UsageError, match="search without a guard"):
+                trainer.train(trial=object())
+
+    def test_updates_of_a_cycle_are_refused_where_evaluations_end_it(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard, pytest.raises(UsageError, match=r"cycle_updates=3\).*eval_steps"):
+            guard.attach(trainer, cycle_updates=3)
+
+    def test_a_closed_guard_trains_nothing(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        before = state_of(trainer)[0]
+        with lab.open() as guard:
+            guard.attach(trainer)
+        with pytest.raises(UsageError, match="guard is closed"):
+            trainer.train()
+        assert same(state_of(trainer)[0], before)
+
     def test_one_trainer_has_one_guard(self, lab):
         trainer = make_trainer(lab.tmp_path, batches(2))
         with lab.open() as guard:
@@ -360,10 +575,31 @@ class TestWhatCannotBeGuarded:
             with pytest.raises(UsageError, match="attached to a guard already"):
                 guard.attach(trainer)
 
-    def test_a_model_beside_the_trainer_is_too_much(self, lab):
+    @pytest.mark.parametrize("beside", ["model", "scheduler", "scaler", "averages", "late"])
+    def test_what_the_trainer_has_already_is_too_much(self, lab, beside):
         trainer = make_trainer(lab.tmp_path, batches(2))
-        with lab.open() as guard, pytest.raises(UsageError, match="leave them out"):
-            guard.attach(trainer, model=trainer.model)
+        with lab.open() as guard, pytest.raises(UsageError, match="leave it out"):
+            guard.attach(trainer, **{beside: trainer.model})
+
+    def test_the_cycles_of_a_trainer_are_its_own(self, lab):
+        trainer = make_trainer(lab.tmp_path, batches(2))
+        with lab.open() as guard:
+            guard.attach(trainer)
+            with pytest.raises(UsageError, match="call train"):
+                guard.cycles(3)
+
+    def test_a_panel_with_a_slip_in_a_name_says_what_was_reported(self, lab):
+        lab.write(panel=EVAL_LOSS.replace("eval_loss", "eval_los"))
+        trainer = make_trainer(lab.tmp_path, batches(4), eval_rows=batches(1), eval_strategy="steps", eval_steps=2)
+        with pytest.raises(LoopFrozen, match="the panel lacks eval_los; reported were eval_loss"):
+            lab.train(trainer)
+
+    def test_training_does_not_begin_again_where_another_process_got_further(self, lab):
+        """Without a checkpoint, the weights are those of the beginning: the run directory is of one that is ahead."""
+        rows = {"eval_rows": batches(1)}
+        lab.train(make_trainer(lab.tmp_path, batches(3), **rows))
+        with pytest.raises(UsageError, match="promoted weights of update 3"):
+            lab.train(make_trainer(lab.tmp_path, batches(3), **rows))
 
     def test_a_thing_that_is_no_trainer_is_named(self, lab):
         with lab.open() as guard, pytest.raises(UsageError, match="got a dict; trainers of these packages"):

@@ -11,6 +11,7 @@ from trainer_kit import WARNINGS, Diary, byte_tokenizer, make_dpo, make_grpo, ma
 from trainer_lab import BOUNDS, EVAL_LOSS, SKIP, TrainerLab
 
 from loopguard.errors import LoopFrozen
+from loopguard.types import Signal
 
 pytestmark = [pytest.mark.train, *(pytest.mark.filterwarnings(one) for one in WARNINGS)]
 
@@ -102,7 +103,7 @@ class TestGRPO:
 
     def test_a_metric_that_is_never_reported_freezes_at_the_first_update(self, grpo):
         grpo.write(panel=REWARD, monitors=BOUNDS % "1000" + ", {kind: bounds, metric: rewad, min: 0}")
-        with pytest.raises(LoopFrozen, match="no reading of rewad"):
+        with pytest.raises(LoopFrozen, match=r"no reading of rewad at update 1.*reported were .*reward"):
             grpo.train(make_grpo(grpo.tmp_path, 4))
 
     def test_a_reward_out_of_its_bounds_freezes(self, grpo):
@@ -110,6 +111,11 @@ class TestGRPO:
         grpo.write(panel=REWARD, monitors=BOUNDS % "1000" + ", {kind: bounds, metric: reward, min: 0, max: 1}")
         with pytest.raises(LoopFrozen, match="reward"):
             grpo.train(make_grpo(grpo.tmp_path, 4, reward=Rewards({2: 7.0})))
+
+
+SUSPICION = Signal(
+    level="warn", monitor="jump", metric="loss", value=1.0, at=3, direction="up", holds=True, reason="loss may jump"
+)
 
 
 class Rewards:
@@ -157,6 +163,43 @@ class TestWhoGenerates:
         trainer = make_grpo(grpo.tmp_path, 4, evaluated=True, **arguments)
         grpo.train(trainer)
         assert [entry.body["result"] for entry in grpo.events("promotion.decided")] == ["allow"] * 2
+
+    def test_an_evaluation_says_nothing_of_weights_that_have_moved_since(self, grpo):
+        """Two updates for each generation, and an evaluation after every third: the next generation is one later."""
+        grpo.write(panel="{metric: eval_reward, good: up, max_gain: 1, max_loss: 1}", monitors=BOUNDS % "1000")
+        arguments = {"eval_strategy": "steps", "eval_steps": 3, "per_device_eval_batch_size": 4}
+        grpo.train(make_grpo(grpo.tmp_path, 6, evaluated=True, num_iterations=2, **arguments))
+        assert [entry.body["update"] for entry in grpo.events("snapshot.written")] == [6]
+
+    def test_an_evaluation_beside_a_panel_of_rewards_is_for_the_record(self, grpo):
+        """Also after the last update, when no generation follows it."""
+        arguments = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 4}
+        grpo.train(make_grpo(grpo.tmp_path, 4, evaluated=True, **arguments))
+        assert [entry.body["result"] for entry in grpo.events("promotion.decided")] == ["allow"] * 4
+        assert "eval_reward" in grpo.events("eval.finished")[-1].body["unjudged"]
+
+    def test_suspicious_weights_generate_nothing_also_where_the_panel_waits(self, grpo):
+        """A suspicion after update 3 puts the weights of the beginning back, before the fourth generation."""
+        waiting = "{metric: eval_reward, good: up, max_gain: 1, max_loss: 1}"
+        grpo.write(panel=waiting, monitors=BOUNDS % "1000")
+        trainer = make_grpo(grpo.tmp_path, 4)
+        acting = []
+        _on_generation(trainer, lambda: acting.append(_digest(trainer)))
+        with grpo.open() as guard:
+            guard.attach(trainer)
+            gate = guard._updates_gate
+            decide = gate.decide
+
+            def suspicious(*args, update, **kwargs):
+                decision = decide(*args, update=update, **kwargs)
+                gate._warnings = {"jump:loss": SUSPICION} if len(acting) == 3 else {}
+                return decision
+
+            gate.decide = suspicious
+            trainer.train()
+        assert acting[3] == acting[0]
+        assert len(set(acting[:3])) == 3
+        assert "ended without a promotion" in grpo.events("snapshot.restored")[0].body["because"]
 
     def test_cycle_updates_ask_less_often(self, grpo):
         trainer = make_grpo(grpo.tmp_path, 6)

@@ -57,6 +57,10 @@ KEYS = (
 RESUME = {"approvals": 1, "people": {"dana": [KEYS[0]], "eli": [KEYS[1]], "fay": [KEYS[2]]}}
 
 
+WITHOUT_TOOLS = SMALL[: SMALL.index("tools:")] + SMALL[SMALL.index("data:") :]
+"""The same policy for a loop that calls no tool."""
+
+
 def edited(*edits: tuple[str, str], text: str = SMALL) -> str:
     """The text with each (old, new) replaced once; an edit that changes nothing is a mistake of the test."""
     for old, new in edits:

@@ -59,6 +59,13 @@ def test_table(rules, the_call, result, rule, reason):
     assert decision.facts == ({"sandbox": "offline"} if result == "allow" else {})
 
 
+@pytest.mark.parametrize("changes", [{"tools": None}, {"tools__rules": []}, {"tools": None, "sandbox": None}])
+def test_a_policy_without_tools_refuses_every_call(changes):
+    decision = decide(small(**changes), call())
+    assert (decision.result, decision.rule) == ("deny", "default")
+    assert decision.reason == "no rule lets the tool 'python' run"
+
+
 def test_the_last_branch_denies_also_where_a_policy_was_made_without_checks():
     """A rule that wants to run a call but names no sandbox that exists must not let it run."""
     sound = small()

@@ -168,6 +168,29 @@ def test_another_tool_loosens_and_a_denied_one_tightens():
     assert [str(change) for change in changes(two, one)] == ["tightened: tools.run.sh from run to deny"]
 
 
+class TestWithoutTools:
+    """A policy that lets no call run is as tight as one can be about calls."""
+
+    NONE = small(tools=None, sandbox=None)
+
+    @pytest.mark.parametrize(
+        "some", [{}, {"tools__budget": {"per_cycle": 5}}, {"tools__freeze_above": None}, {CELL + "cells": 1}]
+    )
+    def test_to_take_the_tools_out_tightens_and_to_add_them_loosens(self, some):
+        """Whatever bounds and watches the calls goes and comes with them."""
+        some = small(**some)
+        assert [str(change) for change in changes(some, self.NONE)] == ["tightened: tools.run.python from run to deny"]
+        assert [str(change) for change in changes(self.NONE, some)] == ["loosened: tools.run.python from deny to run"]
+
+    def test_left_out_or_empty_is_the_same(self):
+        assert compare(self.NONE, small(tools={"rules": []}, sandbox={"profiles": {}})) == "same"
+        assert compare(self.NONE, small(tools=None)) == "same"
+
+    def test_to_watch_refused_calls_of_it_tightens(self):
+        watched = small(tools={"rules": [], "freeze_above": {"refused_share": 0.1, "contained_share": 1.0}})
+        assert (compare(self.NONE, watched), compare(watched, self.NONE)) == ("tightened", "loosened")
+
+
 def test_a_deny_that_takes_effect_tightens_and_one_that_does_not_is_no_change():
     rules = [small().tools.rules[0].model_dump(exclude_unset=True), SHELL]
     deny_shell = {"id": "no-shell", "tool": "sh", "then": "deny"}

@@ -6,7 +6,7 @@ import re
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from policy_kit import RESUME, SMALL, edited, small
+from policy_kit import RESUME, SMALL, WITHOUT_TOOLS, edited, small
 
 from loopguard.policy.load import _LATER, canonical, digest, load, shipped
 from loopguard.policy.schema import GuardPolicy
@@ -158,6 +158,25 @@ class TestLaterKeys:
         sections = {"*": profile, "limits": profile["limits"], "tools": said["tools"], "audit": said["audit"]}
         section = sections[way[-1]] if way else said
         assert {key: section[key] for key in before} == before
+
+
+class TestWithoutTools:
+    """`tools` and `sandbox` may be left out together."""
+
+    def test_left_out_or_empty_it_is_one_digest(self, tmp_path):
+        texts = ["", "tools: {rules: []}\n", "sandbox: {profiles: {}}\ntools: {rules: [], default: deny}\n"]
+        assert len({loaded(tmp_path, WITHOUT_TOOLS + text).digest for text in texts}) == 1
+
+    def test_and_another_one_than_with_tools(self, tmp_path):
+        assert loaded(tmp_path, WITHOUT_TOOLS).digest not in {digest(small()), digest(small(tools=None))}
+
+    def test_it_is_read_back_as_the_same(self, tmp_path):
+        policy = loaded(tmp_path, WITHOUT_TOOLS).policy
+        said = json.loads(canonical(policy))
+        assert (said["tools"], said["sandbox"]) == (
+            {"default": "deny", "rules": [], "freeze_above": None},
+            {"profiles": {}},
+        )
 
 
 def test_the_text_and_the_path_are_kept_as_they_were(tmp_path):

@@ -1,7 +1,7 @@
 """Lints: what loads and is most likely not meant. None of them keeps a policy from loading."""
 
 import pytest
-from policy_kit import SMALL, cases, edited
+from policy_kit import SMALL, WITHOUT_TOOLS, cases, edited
 
 from loopguard.policy.load import load
 
@@ -15,6 +15,12 @@ def test_one_thing_that_is_not_meant_gives_one_lint(findings, tmp_path, edits, s
 
 def test_a_sound_policy_has_none(findings):
     assert findings(text=SMALL) == []
+
+
+@pytest.mark.parametrize("lines", ["", "tools: {rules: []}\n", "tools: {rules: []}\nsandbox: {profiles: {}}\n"])
+def test_neither_has_one_without_tools(findings, lines):
+    """Nobody probes a fence behind which there is nothing."""
+    assert findings(text=WITHOUT_TOOLS + lines) == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_every_policy_loads_without_a_lint(path):
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
-@pytest.mark.parametrize("name", ["agent", "default", "toolformer"])
+@pytest.mark.parametrize("name", ["agent", "default", "supervised", "toolformer"])
 def test_shipped_policies_are_found_by_name(name):
     assert shipped(name) == POLICIES / f"{name}.yaml"
     assert load(shipped(name)).policy.name == name
@@ -38,7 +38,7 @@ def test_an_installed_package_finds_them_inside_itself(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["tooformer", "../secrets", "", "/etc/passwd", "default.yaml"])
 def test_another_name_is_refused_with_the_ones_there_are(name):
-    with pytest.raises(PolicyError, match="there is agent, default, toolformer"):
+    with pytest.raises(PolicyError, match="there is agent, default, supervised, toolformer"):
         shipped(name)
 
 
@@ -81,6 +81,21 @@ def test_the_default_runs_python_and_shell_and_nothing_else():
     policy = load(shipped("default")).policy
     verdicts = {tool: decide(policy, ToolCall(id="c", tool=tool, code="1")).allowed for tool in ("python", "sh", "sql")}
     assert verdicts == {"python": True, "sh": True, "sql": False}
+
+
+class TestSupervised:
+    def test_no_call_runs_and_nothing_asks_for_an_engine(self):
+        policy = load(shipped("supervised")).policy
+        assert not decide(policy, ToolCall(id="c", tool="python", code="1")).allowed
+        assert (policy.tools.rules, policy.sandbox.profiles) == ((), {})
+
+    def test_it_watches_what_a_trainer_reports(self):
+        policy = load(shipped("supervised")).policy
+        assert {(rule.kind, rule.metric) for rule in policy.updates.monitors} == {
+            *((kind, "loss") for kind in ("bounds", "jump", "drift", "variance")),
+            ("bounds", "grad_norm"),
+        }
+        assert [metric.metric for metric in policy.promotion.panel] == ["eval_loss"]
 
 
 class TestAgent:

@@ -112,27 +112,51 @@ def test_there_is_nothing_to_lint(loaded, name):
     assert lints == []
 
 
-def test_all_but_two_sections_are_those_of_the_default(loaded):
-    policy, _, text = loaded(Suggestion())
-    default = examine(shipped("default"))[0]
-    assert default is not None
+@pytest.fixture
+def with_tools():
+    suggestion = Suggestion()
+    suggestion.tools["lookup"] = None
+    return suggestion
+
+
+def default():
+    found, _ = examine(shipped("default"))
+    assert found is not None
+    return found.policy
+
+
+def test_all_but_two_sections_are_those_of_the_default(loaded, with_tools):
+    policy, _, text = loaded(with_tools)
     for section in ("tools", "sandbox", "data", "freeze", "audit"):
-        assert getattr(policy, section) == getattr(default.policy, section)
+        assert getattr(policy, section) == getattr(default(), section)
     assert "A call that no rule lets run is refused, and a deny always wins" in text
+    assert "The tools of that run: lookup. Each needs a rule" in text
 
 
-def test_a_run_without_tools_may_take_them_out(tmp_path):
-    """As the head of the file says; then nothing asks for Docker."""
-    text = draft(Suggestion())
-    blocks = [block for block in text.split("\n\n") if not re.search(r"^(tools|sandbox):", block, re.MULTILINE)]
-    (tmp_path / "policy.yaml").write_text(re.sub(r"\n  recheck: .*", "", "\n\n".join(blocks)))
-    found, findings = examine(tmp_path / "policy.yaml")
-    assert found is not None, findings
-    assert not found.policy.sandbox.profiles
+def test_a_run_without_tools_gets_none(loaded):
+    """And nothing that needs them; a comment says how to add them."""
+    policy, _, text = loaded(Suggestion())
+    assert (policy.tools.rules, policy.sandbox.profiles, policy.data.recheck) == ((), {}, None)
+    assert policy.data == default().data.model_copy(update={"recheck": None})
+    assert "run again by the guard" not in text
+    assert "A loop that calls tools needs both sections; copy them from the default policy" in text
 
 
-def test_every_section_has_a_comment(loaded):
-    _, _, text = loaded(Suggestion())
+def test_a_trainer_that_reports_on_tools_has_some(loaded):
+    """Also where nobody handed them to the observer."""
+    assert "tools/failure_frequency" in HEALTHY["reinforcement"][0](1)
+    policy, _, _ = loaded(seen(HEALTHY["reinforcement"][0], by_reward=True))
+    assert policy.tools == default().tools
+
+
+def test_a_hostile_name_of_a_tool_stays_in_its_comment(loaded, with_tools):
+    with_tools.tools["x\nfreeze: {on_trip: skip}\n"] = None
+    policy, _, _ = loaded(with_tools)
+    assert policy.freeze == default().freeze
+
+
+def test_every_section_has_a_comment(loaded, with_tools):
+    _, _, text = loaded(with_tools)
     for key in ("tools", "sandbox", "data", "updates", "promotion"):
         assert re.search(
             rf"^# The [^\n]*\n(#[^\n]*\n)*{key}:|^# Where [^\n]*\n(#[^\n]*\n)*{key}:", text, re.MULTILINE
@@ -298,7 +322,16 @@ class TestPanel:
         assert [metric.metric for metric in policy.promotion.panel] == ["reward"]
 
     @pytest.mark.parametrize(
-        "values", [(0.0, 0.0), (1e-300, 2e-300), (1e300, -1e300), (math.nan, 1.0), (math.inf, math.nan)]
+        "values",
+        [
+            (0.0, 0.0),
+            (5e-324, 1e-323),
+            (1e-300, 2e-300),
+            (1e300, -1e300),
+            (1e308, -1e308),
+            (math.nan, 1.0),
+            (math.inf, math.nan),
+        ],
     )
     def test_strange_values_still_load(self, loaded, values):
         loaded(seen(HEALTHY["a bare loop"][0], panels=[{"eval_loss": value} for value in values]))

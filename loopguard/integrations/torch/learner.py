@@ -22,7 +22,7 @@ from loopguard.integrations.torch.buffers import Buffers
 from loopguard.integrations.torch.device import LatePath
 from loopguard.integrations.torch.digest import sha256
 from loopguard.integrations.torch.optimizers import put_back
-from loopguard.integrations.torch.ranks import TorchPeers, join, withheld_anywhere
+from loopguard.integrations.torch.ranks import TorchPeers, join, sharded_alone, withheld_anywhere
 from loopguard.integrations.torch.rng import rng_state, set_rng_state
 from loopguard.integrations.torch.settings import settings
 from loopguard.integrations.torch.steps import Steps
@@ -175,6 +175,10 @@ class TorchLearner:
         """These metrics as floats, before there is a gradient. The device is waited for once."""
         check_numbers(values)
         return dict(zip(values, read(values.values()), strict=True))
+
+    def unkeepable(self) -> str:
+        """Why no snapshot can hold its state: it is sharded, and there is no other rank to hold the rest."""
+        return sharded_alone(self)
 
     def peers(self) -> TorchPeers | None:
         """The ranks of the default process group; None where there is one. A collective."""

@@ -96,7 +96,7 @@ def join(learner: TorchLearner) -> TorchPeers | None:
 
     Raises UsageError where the actor is not spread over them as the model is.
     """
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+    if _alone():
         return None
     if not dist.is_gloo_available():
         raise UsageError("several ranks agree over gloo, and this torch was built without it")
@@ -115,6 +115,20 @@ def sharded(learner: TorchLearner) -> bool:
     return any(_is_sharded(parameter) for parameter in learner.model.parameters())
 
 
+def sharded_alone(learner: TorchLearner) -> str:
+    """What to do about a model that is sharded on one rank, or the empty string where it is not so.
+
+    A snapshot of shards is written by all ranks of the default group together, and there it is one.
+    """
+    if not _alone() or not sharded(learner):
+        return ""
+    name = next(name for name, parameter in learner.model.named_parameters() if _is_sharded(parameter))
+    return (
+        f"{name} is sharded (a DTensor), and this run has one rank, which cannot keep a snapshot of shards: start it "
+        f"with several, as `torchrun --nproc-per-node 2` does, or do not shard the model"
+    )
+
+
 def withheld_anywhere(withheld: torch.Tensor) -> torch.Tensor:
     """Whether any rank withholds, as all will know it: on the device, without the host waiting. A collective.
 
@@ -123,6 +137,10 @@ def withheld_anywhere(withheld: torch.Tensor) -> torch.Tensor:
     flag = withheld.to(torch.float32)
     dist.all_reduce(flag, op=dist.ReduceOp.MAX)
     return flag != 0
+
+
+def _alone() -> bool:
+    return not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1
 
 
 def _is_sharded(tensor: torch.Tensor) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loopguard.integrations.transformers import contract
 from loopguard.integrations.transformers.attached import Guarded, Observed
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 def attach(guard: LoopGuard, trainer: Any, *, config: Mapping[str, Any] | None = None, cycle_updates: int = 1) -> None:
     """Put a trainer under a guard. Raises UsageError for one whose updates cannot be withheld."""
-    del cycle_updates  # a Trainer does not generate: its cycles end where it evaluates
+    contract.refuse_cycle_updates(trainer, cycle_updates)
     Guarded(guard, trainer, config=config)
 
 

@@ -9,6 +9,8 @@ So on the instance these are wrapped: `training_step` gives the losses, `compute
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +26,11 @@ from loopguard.integrations.transformers.learner import TrainerLearner
 from loopguard.integrations.transformers.patches import Patches
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from loopguard.controller.guard import LoopGuard
     from loopguard.controller.observe import Observer
+    from loopguard.types import Decision
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +73,7 @@ class Attached(TrainerCallback):  # type: ignore[misc]
 
     def _around_training_step(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
         self._in_step = True
+        self._norm = None  # an update that was dropped before it was judged has left its own
         try:
             loss = inner(*args, **kwargs)
         finally:
@@ -123,9 +127,14 @@ class Guarded(Attached):
     def apply(self) -> None:
         """Install promoted weights where they act. A Trainer that does not generate has no such place."""
 
+    def _settle(self) -> Decision | None:
+        """Ask the promotion gate about an evaluation that is over."""
+        return self._held().settle(self.apply)
+
     # Events
 
     def _around_train(self, inner: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        contract.refuse_trial(kwargs.get("trial", args[0] if args else None))
         self._checkpoint = self._resolve(resume_from_checkpoint)
         try:
             output = inner(resume_from_checkpoint, *args, **kwargs)
@@ -150,12 +159,12 @@ class Guarded(Attached):
             generates=self.generates,
         )
         self._on_optimizer.wrap(trainer.optimizer, "step", self._around_step)
-        config = {"training_arguments": args.to_sanitized_dict()} if self._config is None else self._config
+        config = {"training_arguments": arguments_of(args)} if self._config is None else self._config
         self.driver.begin(learner, config=config, checkpoint=self._checkpoint)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Ask the promotion gate about an evaluation that is over."""
-        self._held().settle(self.apply)
+        """An evaluation is over."""
+        self._settle()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The schedule has ticked."""
@@ -166,10 +175,17 @@ class Guarded(Attached):
         if self.driver is not None:
             self.driver.evaluated(panel_of(metrics or {}))
 
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """What is logged when all is trained: the trainer may load other weights next, which were not measured."""
+        if self.driver is not None and "train_runtime" in (logs or {}):
+            self._settle()
+
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The trainer has written a checkpoint."""
-        self._held().settle(self.apply)
+        """The trainer has written a checkpoint. It is remembered first: the gate may undo what is in it."""
         self._saved(args, state)
+        decision = self._settle()
+        if decision is not None and decision.gate == "promotion" and decision.result != "freeze":
+            self._saved(args, state)  # the same weights, and the gates as they are by now
 
     def _saved(self, args: Any, state: Any) -> None:
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
@@ -183,7 +199,9 @@ class Guarded(Attached):
         if closure is not None:
             raise UsageError("the trainer gave optimizer.step() a closure: a guarded step has its gradients already")
         readings, absent = self.reported()
-        became, _ = self._held().update(loss=self._loss(), readings=readings, absent=absent)
+        limit = self.trainer.args.max_grad_norm
+        clipped = limit if 0 < limit < math.inf else None
+        became = self._held().update(loss=self._loss(), readings=readings, absent=absent, clip_norm=clipped)
         # What accelerate says of a step that its scaler skipped: neither it nor the trainer ticks the schedule then.
         optimizer._is_overflow = became != "applied"
         optimizer._opt_called = True  # the schedule asks, since it knows this optimizer and not the one inside
@@ -192,7 +210,8 @@ class Guarded(Attached):
         if not self._keeps:
             return
         try:
-            self._held().cycle.keep({"inputs": dict(inputs), "num_items_in_batch": num_items_in_batch})
+            plain = dict(inputs) if isinstance(inputs, Mapping) else inputs
+            self._held().cycle.keep({"inputs": plain, "num_items_in_batch": num_items_in_batch})
         except UsageError as error:
             self._keeps = False
             logger.warning("loopguard keeps no batches for a replay of this run: %s", error)
@@ -202,19 +221,20 @@ class Guarded(Attached):
     def _finish(self) -> None:
         """Have the last weights measured, where the guard policy asks for it and nobody has since the last update."""
         driver, trainer = self._held(), self.trainer
-        driver.settle(self.apply)
+        self._settle()
         loaded_others = getattr(trainer.args, "load_best_model_at_end", False)
         if driver.updates and not loaded_others:
-            if not driver.complete(driver.means()) and trainer.eval_dataset is not None:
+            if driver.lacking(driver.means()) and trainer.eval_dataset is not None:
                 trainer.evaluate()
-            if driver.complete(driver.means()):
-                driver.promote(driver.take_panel(), None if self.generates else self.apply)
-            else:
+            if lacking := driver.lacking(driver.means()):
                 logger.warning(
-                    "loopguard: the last %d updates were not measured by all that the guard policy's panel names, "
-                    "so they are not promoted",
+                    "loopguard: the last %d updates are not promoted, since the guard policy's panel names %s, and "
+                    "no evaluation of them reported it",
                     driver.updates,
+                    ", ".join(lacking),
                 )
+            else:
+                driver.promote(driver.take_panel(), None if self.generates else self.apply)
         driver.end()
 
     def _let_go(self) -> None:
@@ -252,9 +272,7 @@ class Observed(Attached):
         """Say in the log what is trained."""
         self._losses.clear()
         self._norm = None
-        self.observer.note_model(
-            {"trainer": type(self.trainer).__name__, "training_arguments": args.to_sanitized_dict()}
-        )
+        self.observer.note_model({"trainer": type(self.trainer).__name__, "training_arguments": arguments_of(args)})
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The update was applied, unless a gradient scaler found that its gradients do not fit."""
@@ -267,6 +285,15 @@ class Observed(Attached):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         """The weights were measured."""
         self.observer.measured(panel_of(metrics or {}))
+
+
+def arguments_of(args: Any) -> dict[str, Any]:
+    """The training arguments as JSON values, of which a number that is not finite is none."""
+    known = args.to_sanitized_dict()
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in known.items()
+    }
 
 
 def panel_of(metrics: Mapping[str, Any]) -> dict[str, float]:

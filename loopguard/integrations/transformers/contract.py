@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 TRAINER_METHODS = ("train", "training_step", "compute_loss", "evaluate", "add_callback")
-EVENTS = ("on_train_begin", "on_step_begin", "on_optimizer_step", "on_step_end", "on_evaluate", "on_save")
+EVENTS = (
+    "on_train_begin",
+    "on_step_begin",
+    "on_optimizer_step",
+    "on_step_end",
+    "on_evaluate",
+    "on_save",
+    "on_log",
+)
 
 _ELSEWHERE = {
     "DEEPSPEED": "DeepSpeed's engine steps by itself",
@@ -87,6 +95,24 @@ def refuse_what_steps_elsewhere(trainer: Any) -> None:
         raise UsageError(
             f"{name} cannot be guarded with auto_find_batch_size, which trains from the beginning again after updates "
             "were applied: set per_device_train_batch_size"
+        )
+
+
+def refuse_trial(trial: Any) -> None:
+    """Raise UsageError for one of several trainings of a hyperparameter search, which have nothing in common."""
+    if trial is not None:
+        raise UsageError(
+            "a guard is of one run, and hyperparameter_search makes many: "
+            "search without a guard, and train under one with what was found"
+        )
+
+
+def refuse_cycle_updates(trainer: Any, cycle_updates: int) -> None:
+    """Raise UsageError where it was asked for so many updates in a cycle, and evaluations end the cycles."""
+    if cycle_updates != 1:
+        raise UsageError(
+            f"attach(cycle_updates={cycle_updates}): a {type(trainer).__name__} does not generate, and its cycles end "
+            "where it evaluates (eval_steps); leave it out"
         )
 
 

@@ -48,6 +48,10 @@ class TrainerLearner(TorchLearner):
         """Whether the weights in training generate."""
         return self._generates
 
+    def apply(self, *, clip_norm: float | None) -> None:
+        """Take the step. The Trainer has clipped already; `clip_norm` is for the record of what a replay has to do."""
+        super().apply(clip_norm=None)
+
     def total_norm(self) -> torch.Tensor:
         """The norm that the Trainer took before it clipped; where it took none, that of the gradients as they are."""
         taken = self._taken_norm()

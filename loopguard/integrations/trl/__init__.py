@@ -8,7 +8,8 @@ and its kin also who generates: the promotion gate stands before each generation
 `sync_weights` where an engine generates. Tools, environments and rewards are wrapped when the trainer is made:
 `guard.tool`, `guard.wrap_environment`, `guard.wrap_reward`.
 
-Not covered: a `rollout_func` that calls tools by itself, and the reference model of `SyncRefModelCallback`. No vLLM
+Not covered, and refused: trainers that generate in ways of their own (GKD, GOLD, distillation, AsyncGRPO). Not
+covered: a `rollout_func` that calls tools by itself, and the reference model of `SyncRefModelCallback`. No vLLM
 engine was ever run under it; docs/trl.md says what was.
 """
 
@@ -16,8 +17,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loopguard.integrations.transformers.contract import refuse_cycle_updates
 from loopguard.integrations.trl.attached import Generating, Reporting, Watched
-from loopguard.integrations.trl.contract import generates
+from loopguard.integrations.trl.contract import generates, refuse_what_generates_otherwise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,6 +36,8 @@ def attach(guard: LoopGuard, trainer: Any, *, config: Mapping[str, Any] | None =
     if generates(trainer):
         Generating(guard, trainer, config=config, cycle_updates=cycle_updates)
     else:
+        refuse_what_generates_otherwise(trainer)
+        refuse_cycle_updates(trainer, cycle_updates)
         Reporting(guard, trainer, config=config)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from loopguard.controller.guard import LoopGuard
     from loopguard.controller.observe import Observer
+    from loopguard.types import Decision
 
 
 class Reporting(Guarded):
@@ -36,7 +37,7 @@ class Generating(Reporting):
     Where the model itself generates, the gate is asked before each generation, and a refusal puts the promoted weights
     back. Where an engine does, the gate is asked before `sync_weights`, and after a refusal the engine keeps the
     weights that it has. Between two promotions (a panel that waits for an evaluation, or `cycle_updates`) the weights
-    act as long as no monitor is suspicious.
+    act as long as no monitor is suspicious; a suspicion is a refusal.
     """
 
     def __init__(
@@ -61,8 +62,16 @@ class Generating(Reporting):
         """The trainer has written a checkpoint."""
         self._saved(args, state)
 
+    def _settle(self) -> Decision | None:
+        """Training is over: ask where all that the panel names is there."""
+        driver = self._held()
+        if driver.updates and not driver.lacking(driver.means()):
+            return driver.promote(driver.take_panel(), None if self.generates else self.apply)
+        return None
+
     def _around_generation(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.driver is not None and self.trainer.model.training:
+        # In the middle of an update, whose first micro-batches went through these very weights, they were asked about.
+        if self.driver is not None and self.trainer.model.training and not self._losses:
             if self.generates:
                 self._ask(None)
             elif self._measuring:
@@ -87,13 +96,15 @@ class Generating(Reporting):
     def _ask(self, sync: Any) -> bool:
         """Ask the promotion gate where all that it wants is there; else whether the weights may act meanwhile."""
         driver = self._held()
-        if driver.updates >= self._cycle_updates and driver.complete(driver.means()):
+        if driver.updates >= self._cycle_updates and not driver.lacking(driver.means()):
             return driver.promote(driver.take_panel(), sync).allowed
         return self._let_act(sync, purpose="generation")
 
     def _let_act(self, sync: Any, *, purpose: str) -> bool:
         driver = self._held()
         denied = driver.may_act()
+        if self.generates and denied is not None:
+            driver.turn_back()
         if sync is not None:
             driver.synced(denied, purpose=purpose)
             if denied is None:

@@ -11,6 +11,9 @@ from loopguard.integrations.transformers.contract import Finding
 GENERATION = "_generate_and_score_completions"
 SYNC = "self.vllm_generation.sync_weights()"
 
+_ACTS = (".generate(", "sync_weights(", "_sync_weight(")
+"""How the source of a trainer whose weights act reads."""
+
 
 def probe() -> list[Finding]:
     """Look at the installed TRL. Raises ImportError where it is not installed."""
@@ -38,11 +41,9 @@ def probe() -> list[Finding]:
 def require(trainer: Any) -> None:
     """Raise UsageError where this trainer lacks something that is relied on."""
     missing = [] if hasattr(trainer, "_metrics") else ["_metrics"]
-    if generates(trainer):
-        missing += [name for name in ("num_iterations", "state") if not hasattr(trainer, name)]
-        missing += [] if hasattr(trainer.args, "steps_per_generation") else ["args.steps_per_generation"]
-        if uses_engine(trainer) and not hasattr(getattr(trainer, "vllm_generation", None), "sync_weights"):
-            missing.append("vllm_generation.sync_weights")
+    engine = getattr(trainer, "vllm_generation", None)
+    if generates(trainer) and uses_engine(trainer) and not hasattr(engine, "sync_weights"):
+        missing.append("vllm_generation.sync_weights")
     if missing:
         raise UsageError(
             f"{type(trainer).__name__} cannot be attached to: it has no {', '.join(missing)}. Run `loopguard doctor`, "
@@ -51,8 +52,20 @@ def require(trainer: Any) -> None:
 
 
 def generates(trainer: Any) -> bool:
-    """Whether this trainer generates what it trains on."""
-    return hasattr(trainer, GENERATION)
+    """Whether this trainer generates what it trains on, and does so as GRPO does."""
+    alike = hasattr(trainer, "num_iterations") and hasattr(trainer.args, "steps_per_generation")
+    return alike and hasattr(trainer, GENERATION)
+
+
+def refuse_what_generates_otherwise(trainer: Any) -> None:
+    """Raise UsageError for a trainer of TRL whose weights act where the promotion gate does not stand."""
+    for cls in type(trainer).__mro__:
+        theirs = cls.__module__.partition(".")[0] == "trl"
+        if theirs and any(word in inspect.getsource(cls) for word in _ACTS):
+            raise UsageError(
+                f"{type(trainer).__name__} cannot be guarded: {cls.__name__} generates what it trains on in a way of "
+                "its own, with weights that nobody promoted. LoopGuard.observe(run_dir).attach(trainer) can watch it"
+            )
 
 
 def uses_engine(trainer: Any) -> bool:
