@@ -5,6 +5,7 @@ Reads once from front to back and keeps counts, not records. Whether the log can
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections import Counter
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
 from loopguard.audit.events import number, printable
+from loopguard.consent.book import Book
 from loopguard.errors import UsageError
 from loopguard.types import CONTAINED
 
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from loopguard.audit.events import Entry
+
+_MOST_CHARS = 320
+"""Of a line of `why`: about four lines of a terminal. The log has the rest."""
+_MOST_PEOPLE = 6
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,6 +118,8 @@ class Story:
         self.last: Entry | None = None
         self.cycles: list[CycleTold] = []
         self.freezes: list[Freeze] = []
+        self.book = Book()
+        """Whose approvals a resume takes, and what waits for them."""
         self._ended = ""
         self._promoted: Entry | None = None
 
@@ -137,6 +145,7 @@ class Story:
         """Take in the next record."""
         self.first = self.first or entry
         self.last = entry
+        self.book.feed(entry)
         self.run = entry.log.rpartition("/")[0]
         self.policy = entry.policy
         body = entry.body
@@ -264,14 +273,42 @@ def freezes(run_dir: Path) -> list[Freeze]:
 
 
 def why(run_dir: Path, freeze_id: str | None = None) -> str:
-    """About ten lines that explain a freeze, the last one where none is named.
+    """About a dozen lines that explain a freeze, the last one where none is named, to somebody who never saw the run.
 
     Raises UsageError for a freeze that the log does not have; the message names those that it has.
     """
-    return "\n".join(explain(_find(freezes(run_dir), freeze_id, run_dir), str(run_dir)))
+    told = story(run_dir)
+    return "\n".join(explain(_find(told, freeze_id, run_dir), str(run_dir), book=told.book))
 
 
-def _find(found: list[Freeze], freeze_id: str | None, run_dir: Path) -> Freeze:
+def why_facts(run_dir: Path, freeze_id: str | None = None) -> dict[str, Any]:
+    """What `why` says, for machines: the records, what was undone, which actor stays, and who may resume.
+
+    Raises UsageError, as `why` does.
+    """
+    told = story(run_dir)
+    freeze = _find(told, freeze_id, run_dir)
+    promoted = freeze.promoted
+    actor = {"cycle": promoted.cycle, "weights": promoted.body.get("actor")} if promoted is not None else None
+    resume = None if freeze.resumed else _rule_facts(told.book)
+    undone = list(freeze.undone) if freeze.undone else None
+    passed = freeze.cycle.facts() if freeze.cycle else None
+    return freeze.facts() | {"run": told.run, "undone": undone, "actor": actor, "pass": passed, "resume": resume}
+
+
+def _rule_facts(book: Book) -> dict[str, Any]:
+    rule, pending = book.rule, book.pending
+    if rule is None:
+        return {"approvals": 0, "people": [], "pending": None}
+    waits = {"by": pending.statement.requester, "approved_by": pending.people} if pending is not None else None
+    return {"approvals": rule.approvals, "people": sorted(rule.people), "pending": waits}
+
+
+def _find(told: Story, freeze_id: str | None, run_dir: Path) -> Freeze:
+    found = told.freezes
+    if told.frozen is None and freeze_id is None and (run_dir / "latch").exists():
+        look = f"`loopguard status {shlex.quote(str(run_dir))}` says what the latch holds"
+        raise UsageError(f"{run_dir} is latched, and no process has recorded the freeze yet: {look}")
     if not found:
         raise UsageError(f"{run_dir} has never frozen: its log holds no freeze to explain")
     if freeze_id is None:
@@ -283,10 +320,12 @@ def _find(found: list[Freeze], freeze_id: str | None, run_dir: Path) -> Freeze:
     raise UsageError(f"{run_dir} has no freeze {printable(freeze_id)!r}; it has {printable(known)}")
 
 
-def explain(freeze: Freeze, run_dir: str) -> list[str]:
-    """The lines of `why`; commands name the run directory as it is given here."""
+def explain(freeze: Freeze, run_dir: str, *, book: Book) -> list[str]:
+    """The lines of `why`; commands name the run directory as it is given here, `book` says who may resume."""
     body, folder = freeze.body, shlex.quote(run_dir)
     where = f"in cycle {freeze.entered.cycle}" if freeze.entered.cycle is not None else "outside a cycle"
+    # What a log says is a stranger's word: in a command that somebody may paste it is one word.
+    capsule = shlex.quote(f"{run_dir}/{body['capsule']}") if body.get("capsule") else ""
     rows = [
         ("", f"freeze {freeze.id}, {where}, at {when(freeze.entered.ts)}"),
         ("tripped", f"{body.get('gate')} gate, rule {body.get('rule')}: {body.get('reason')}"),
@@ -295,24 +334,73 @@ def explain(freeze: Freeze, run_dir: str) -> list[str]:
         ("before it", before_told(freeze)),
         ("weights", weights_told(freeze)),
         ("actor", actor_told(freeze)),
-        ("evidence", f"{run_dir}/{body['capsule']}" if body.get("capsule") else ""),
-        ("replay", f"loopguard reproduce {folder}/{body['capsule']} -m MODULE" if body.get("capsule") else ""),
+        ("evidence", capsule),
+        ("replay", f"loopguard reproduce {capsule} -m MODULE" if capsule else ""),
         ("resumed", resumed_told(freeze)),
-        ("next", "; ".join(freeze.next) if freeze.resumed is None else ""),
-        ("look", f"loopguard audit report {folder}" if freeze.resumed is None else ""),
-        ("go on", f"loopguard resume {folder} --by NAME --reason TEXT" if freeze.resumed is None else ""),
+        *([] if freeze.resumed else _ways_on(freeze, folder, book)),
     ]
-    return [printable(f"{label:<9} {text}" if label else text) for label, text in rows if text]
+    return [_line(label, text) for label, text in rows if text]
+
+
+def _line(label: str, text: str) -> str:
+    """One line, short enough that a dozen of them stay on a screen, and safe to show."""
+    shown = printable(text)
+    cut = shown if len(shown) <= _MOST_CHARS else f"{shown[:_MOST_CHARS]}... (cut; the log has all of it)"
+    return f"{label:<9} {cut}" if label else cut
+
+
+def _ways_on(freeze: Freeze, folder: str, book: Book) -> list[tuple[str, str]]:
+    """What a resume goes back to, who may say so, and with which commands."""
+    asks = f"loopguard resume {folder} --by NAME --reason TEXT"
+    approves = f"loopguard approve {folder} --key FILE"
+    rows = [("goes back", back_told(freeze)), ("who", who_told(book)), ("look", f"loopguard audit report {folder}")]
+    if book.rule is None:
+        return [*rows, ("go on", asks)]
+    return [*rows, ("go on", approves if book.pending is not None else f"{asks}, then {approves}")]
+
+
+def back_told(freeze: Freeze) -> str:
+    """What the run goes on from, once somebody resumes it."""
+    again = f"; cycle {freeze.entered.cycle} begins again" if freeze.entered.cycle is not None else ""
+    if freeze.promoted is None:
+        return f"a resume goes on from the state that the run began with{again}"
+    return f"a resume goes on from what was promoted in cycle {freeze.promoted.cycle}{again}"
+
+
+def who_told(book: Book) -> str:
+    """Whose word it takes to let the run go on, and who has given it."""
+    rule, pending = book.rule, book.pending
+    if rule is None:
+        return "anybody with a name and a reason; nothing resumes by itself"
+    names = sorted(rule.people)
+    more = f" and {len(names) - _MOST_PEOPLE} more" if len(names) > _MOST_PEOPLE else ""
+    told = f"{rule.approvals} of {', '.join(names[:_MOST_PEOPLE]) or 'nobody'}{more} have to sign"
+    told += "" if rule.requester_may_approve else "; whoever asks does not count"
+    if pending is None:
+        return told
+    given = f"approved by {' and '.join(pending.people)}" if pending.people else "approved by nobody yet"
+    return f"{told}; {pending.statement.requester} asked, {given}"
 
 
 def value_told(freeze: Freeze) -> str:
-    """The value that tripped against the range that was expected; empty where no monitor spoke."""
+    """The value that tripped against the range that was expected, and by how much; empty where no monitor spoke."""
     signal = freeze.signal
     if signal is None:
         return ""
     score = number(signal.get("score"))
     by = f" (score {amount(score)})" if score is not None else ""
-    return f"{signal.get('metric')} {amount(signal.get('value'))}, expected {expected(signal)}{by}"
+    far = f", {margin}" if (margin := margin_told(signal)) else ""
+    return f"{signal.get('metric')} {amount(signal.get('value'))}, expected {expected(signal)}{by}{far}"
+
+
+def margin_told(signal: Mapping[str, Any]) -> str:
+    """How far a value lies outside of its expected range; empty where it does not, or where that is no number."""
+    value, low, high = (number(signal.get(key)) for key in ("value", "low", "high"))
+    if value is None or not math.isfinite(value):
+        return ""
+    if low is not None and value < low:
+        return f"{amount(low - value)} too low"
+    return f"{amount(value - high)} too high" if high is not None and value > high else ""
 
 
 def expected(signal: Mapping[str, Any]) -> str:
@@ -408,6 +496,11 @@ def duration(first: str, last: str) -> str:
         seconds = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
     except ValueError:
         return "an unknown time"
+    return lasting(seconds)
+
+
+def lasting(seconds: float) -> str:
+    """A time span as people say it."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from loopguard.audit.events import Entry
     from loopguard.audit.query import CycleTold, Freeze
+    from loopguard.audit.stats import Stats
     from loopguard.audit.verify import Verification
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, or a copy of one.")]
@@ -25,6 +26,9 @@ OfCycle = Annotated[int | None, typer.Option("--cycle", metavar="N", help="Only 
 Keys = Annotated[
     list[str] | None, typer.Option("--key", metavar="VKEY", help="A public key that is trusted, or a file with it.")
 ]
+
+_MOST = 8
+"""Kinds of one thing in a line of `stats`; --json has all of them."""
 
 app = typer.Typer(
     help="Read, explain and verify the audit log of a run.",
@@ -42,12 +46,33 @@ def show(run_dir: RunDir, as_json: AsJson = False, type_: OfType = None, cycle: 
     Exit codes: 0 printed, 2 no log there or no such type, 6 a record was altered.
     """
     from loopguard.audit import read
-    from loopguard.audit.events import canonical, fields_of
 
     types = _types(type_)
     for entry in read.entries(run_dir, types=types):
         if cycle is None or entry.cycle == cycle:
-            print(canonical(fields_of(entry)) if as_json else _line(entry))
+            _print_record(entry, as_json=as_json)
+
+
+@app.command()
+def tail(
+    run_dir: RunDir,
+    count: Annotated[int, typer.Option("-n", metavar="N", min=0, help="How many of the newest records.")] = 10,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with what is written from now on.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print the newest records of a run, oldest first; with --follow also those to come, until it is interrupted.
+
+    loopguard audit tail runs/toolformer -n 20 --follow
+
+    Exit codes: 0 printed, 2 no log there, 6 a record was altered, 130 interrupted while it followed.
+    """
+    from loopguard.audit.tail import Tail
+
+    watched = Tail(run_dir)
+    for entry in watched.newest(count):
+        _print_record(entry, as_json=as_json)
+    for entry in watched.follow() if follow else ():
+        _print_record(entry, as_json=as_json)
 
 
 @app.command()
@@ -65,7 +90,7 @@ def freezes(run_dir: RunDir, as_json: AsJson = False) -> None:
         print(json.dumps([freeze.facts() for freeze in found], sort_keys=True))
         return
     if not found:
-        print(f"{run_dir} has never frozen", file=sys.stderr)
+        print(f"{run_dir} has never frozen{_foreseen(run_dir)}", file=sys.stderr)
         return
     _table(["freeze", "when", "cycle", "gate", "rule", "ended by", "reason"], [_freeze_row(freeze) for freeze in found])
 
@@ -125,8 +150,9 @@ def why(
     freeze: Annotated[
         str | None, typer.Argument(metavar="[FREEZE]", help="A freeze, such as f1; else the last.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Explain a freeze in about ten lines: what tripped, what was undone, which actor stays, what to do.
+    """Explain a freeze on one screen: what tripped, what was undone, what it goes back to, who may resume and how.
 
     loopguard audit why runs/toolformer f1
 
@@ -134,7 +160,27 @@ def why(
     """
     from loopguard.audit import query
 
-    print(query.why(run_dir, freeze))
+    print(json.dumps(query.why_facts(run_dir, freeze), sort_keys=True) if as_json else query.why(run_dir, freeze))
+
+
+@app.command()
+def stats(run_dir: RunDir, as_json: AsJson = False) -> None:
+    """Count what happened in a run, and how often in an hour: calls, data, updates, promotions, freezes, records.
+
+    loopguard audit stats runs/toolformer
+
+    Exit codes: 0 counted, 2 no log there, 6 a record was altered.
+    """
+    from loopguard.audit.stats import stats as count
+
+    counted = count(run_dir)
+    if as_json:
+        print(json.dumps(counted.facts(), sort_keys=True))
+        return
+    print("\n".join(_stats_lines(counted)))
+    print()
+    rates = [[kind, f"{number:,}", _rate(counted, number)] for kind, number in sorted(counted.types.items())]
+    _table(["record", "count", "an hour"], rates)
 
 
 @app.command()
@@ -253,6 +299,13 @@ def _types(wanted: str | None) -> list[str] | None:
     return types
 
 
+def _print_record(entry: Entry, *, as_json: bool) -> None:
+    """One record on a line of its own, at once: somebody may be watching."""
+    from loopguard.audit.events import canonical, fields_of
+
+    print(canonical(fields_of(entry)) if as_json else _line(entry), flush=True)
+
+
 def _line(entry: Entry) -> str:
     from loopguard.audit.events import printable
 
@@ -288,6 +341,50 @@ def _approval_row(entry: Entry) -> list[str]:
             people = approved_by(entry)
             what = f"{body.get('freeze')} went on, {f'approved by {len(people)}' if people else 'approval: none'}"
     return [when(entry.ts), what, who, str(body.get("key") or "-"), says]
+
+
+def _foreseen(run_dir: Path) -> str:
+    """What to say of a run that was only watched and would have frozen; else nothing."""
+    from loopguard.audit import read
+
+    count = sum(1 for _ in read.entries(run_dir, types=("freeze.foreseen",)))
+    look = f"loopguard audit show {shlex.quote(str(run_dir))} --type freeze.foreseen"
+    return f"; it was observed and would have, {count:,} times: {look}" if count else ""
+
+
+def _stats_lines(told: Stats) -> list[str]:
+    from loopguard.audit.events import printable
+    from loopguard.audit.query import duration, lasting, when
+
+    outcomes = ", ".join(f"{count:,} {status}" for status, count in told.outcomes.most_common(_MOST))
+    refusals = ", ".join(f"{count:,} by {rule}" for rule, count in told.refusals.most_common(_MOST))
+    held = ", ".join(f"{count:,} {reason}" for reason, count in told.quarantined.most_common(_MOST))
+    still = lasting(told.stood_still_s) if told.freezes else "never"
+    now = ", frozen now" if told.frozen_since else ""
+    asked = f"{told.promoted:,} of {told.promotions_asked:,} that were asked for, {told.rolled_back:,} rolled back"
+    rows = [
+        ("run", f"{told.run}, {told.types.total():,} records"),
+        ("time", f"{when(told.first)} to {when(told.last)}, {duration(told.first, told.last)}"),
+        ("frozen", f"{still} in {told.freezes:,} freezes, {told.resumes:,} resumed{now}"),
+        ("foreseen", f"{told.foreseen:,} freezes of an observed run" if told.foreseen else ""),
+        ("calls", f"{told.calls:,}, {told.calls - told.refused:,} allowed, {told.refused:,} refused{_of(told)}"),
+        ("refusals", refusals),
+        ("outcomes", f"{outcomes}; {told.contained:,} contained, {told.lost:,} lost" if outcomes else ""),
+        ("data", f"{told.admitted:,} records admitted, {sum(told.quarantined.values()):,} quarantined"),
+        ("held back", held),
+        ("updates", f"{told.updates:,} applied, {told.withheld:,} withheld, {told.skipped:,} skipped"),
+        ("promoted", asked),
+    ]
+    return [printable(f"{label:<9} {text}") for label, text in rows if text]
+
+
+def _of(told: Stats) -> str:
+    return f" ({100 * told.refused / told.calls:.1f} %)" if told.calls else ""
+
+
+def _rate(told: Stats, count: int) -> str:
+    rate = told.per_hour(count)
+    return "-" if rate is None else f"{rate:,.1f}"
 
 
 def _freeze_row(freeze: Freeze) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
 from audit_stories import HOSTILE, frozen_twice, open_log
@@ -13,7 +16,7 @@ from loopguard.audit import read
 from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
-COMMANDS = ["show", "freezes", "cycle", "why", "verify", "prove", "report", "keygen"]
+COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen"]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +41,7 @@ def test_help_is_a_sentence_an_example_and_the_exit_codes(command):
     assert "Exit codes: 0 " in text
 
 
-@pytest.mark.parametrize("command", ["show", "freezes", "cycle", "why", "report"])
+@pytest.mark.parametrize("command", ["show", "tail", "freezes", "cycle", "why", "stats", "report"])
 def test_a_folder_without_a_log_is_a_usage_error(command, tmp_path):
     with pytest.raises(UsageError, match="holds no audit log"):
         CliRunner().invoke(app, [command, str(tmp_path)], catch_exceptions=False)
@@ -68,6 +71,61 @@ class TestShow:
         assert all(line.isprintable() for line in lines)
 
 
+@pytest.fixture
+def hostile(tmp_path):
+    """A run in which all that strangers can say is meant for the terminal of whoever reads it."""
+    with open_log(tmp_path / "run") as log:
+        log.append("cycle.started", {}, cycle=1)
+        body = {"call": HOSTILE, "rule": HOSTILE, "reason": HOSTILE, "code_head": HOSTILE, "result": "deny"}
+        log.append("tool.decided", body, cycle=1)
+        log.append("tool.finished", {"call": HOSTILE, "status": HOSTILE}, cycle=1)
+        log.append("data.quarantined", {"reason": HOSTILE, "count": 2}, cycle=1)
+        log.append("eval.finished", {"panel": {HOSTILE: 1.0}}, cycle=1)
+        signal = {"metric": HOSTILE, "value": HOSTILE, "low": HOSTILE, "high": None}
+        body = {"freeze": HOSTILE, "gate": HOSTILE, "rule": HOSTILE, "reason": HOSTILE, "capsule": HOSTILE}
+        log.append("freeze.entered", {**body, "signals": [signal], "restored": HOSTILE}, cycle=1)
+        log.append("resume.applied", {"freeze": HOSTILE, "by": HOSTILE, "reason": HOSTILE, "disposition": HOSTILE})
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("command", ["show", "tail", "freezes", "cycle", "cycle 1", "why", "stats", "approvals"])
+def test_hostile_text_reaches_no_terminal(hostile, command):
+    """No escape sequence, no bidirectional character, no line of its own."""
+    text = run(command, hostile)
+    assert "\\u001b[31m\\u202e\\u2066" in text
+    assert text.replace("\n", "").isprintable()
+    assert not [line for line in text.splitlines() if line.startswith("# evil")]
+
+
+@pytest.mark.parametrize("command", ["show", "tail", "freezes", "cycle", "cycle 1", "why", "stats", "approvals"])
+def test_hostile_text_reaches_no_terminal_as_json_either(hostile, command):
+    """JSON is ASCII, so that a careless `cat` is harmless as well."""
+    text = run(f"{command} --json", hostile)
+    assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+
+
+class TestTail:
+    def test_prints_so_many_of_the_newest(self, story):
+        assert run("tail -n 3", story) == "".join(run("show", story).splitlines(keepends=True)[-3:])
+        assert run("tail -n 2 --json", story) == "".join(run("show --json", story).splitlines(keepends=True)[-2:])
+        assert len(run("tail", story).splitlines()) == 10
+
+    def test_follows_until_it_is_interrupted(self, tmp_path):
+        """From another process: what is written meanwhile is printed at once, and an interrupt ends it with 130."""
+        with open_log(tmp_path / "run") as log:
+            words = [sys.executable, "-m", "loopguard.cli", "audit", "tail", str(tmp_path / "run"), "--follow"]
+            with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as reader:
+                try:
+                    assert "log.opened" in reader.stdout.readline()
+                    log.append("note.added", {"by": "dana", "text": "written meanwhile"})
+                    assert "written meanwhile" in reader.stdout.readline()
+                    reader.send_signal(signal.SIGINT)
+                    assert reader.wait(timeout=60) == 130
+                finally:
+                    reader.kill()
+
+
 class TestOthers:
     def test_freezes_lists_who_ended_them(self, story):
         _, first, second = run("freezes", story).splitlines()
@@ -92,6 +150,29 @@ class TestOthers:
     def test_why_explains_the_last_or_the_named_one(self, story):
         assert run("why", story).startswith("freeze f2, ")
         assert run("why f1", story).startswith("freeze f1, ")
+
+    def test_why_as_json_holds_the_records_and_who_may_resume(self, story):
+        facts = json.loads(run("why --json", story))
+        assert (facts["id"], facts["run"], facts["undone"], facts["resumed"]) == ("f2", "run-a", [97, 112], None)
+        assert facts["actor"]["cycle"] == 5
+        assert facts["resume"] == {"approvals": 0, "people": [], "pending": None}
+        assert json.loads(run("why f1 --json", story))["resume"] is None
+
+    def test_stats_say_how_much_and_how_often(self, story):
+        text = run("stats", story)
+        assert "frozen    32 min in 2 freezes, 1 resumed, frozen now" in text
+        assert "promoted  6 of 7 that were asked for, 0 rolled back" in text
+        assert [line.split() for line in text.splitlines() if line.startswith("freeze.entered")] == [
+            ["freeze.entered", "2", "3.7"]
+        ]
+        assert json.loads(run("stats --json", story))["updates"]["withheld"] == 1
+
+    def test_an_observed_run_that_would_have_frozen_says_where_to_look(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            log.append("freeze.foreseen", {"update": 3, "rule": "jump:loss", "reason": "fell", "signals": []})
+        result = CliRunner().invoke(app, ["freezes", str(tmp_path / "run")])
+        assert result.stdout == ""
+        assert "has never frozen; it was observed and would have, 1 times: loopguard audit show" in result.stderr
 
     def test_report_prints_its_path(self, story):
         assert run("report", story) == f"{story}/report.html\n"

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
+import textwrap
 
 import pytest
-from audit_stories import HOSTILE, Loop, finished, frozen_twice, open_log
+from audit_stories import HOSTILE, Loop, finished, frozen_twice, open_log, plain_log
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -16,9 +18,11 @@ from loopguard.audit import query, read
 from loopguard.audit.events import TYPES
 from loopguard.audit.mirror import Mirror
 from loopguard.audit.report import render
+from loopguard.audit.stats import stats
+from loopguard.audit.tail import Tail
 from loopguard.audit.verify import verify
 from loopguard.cli.audit import app
-from loopguard.errors import UsageError
+from loopguard.errors import AuditTamperedError, UsageError
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def story(tmp_path_factory):
 
 class TestWhy:
     def test_explains_the_last_freeze_where_none_is_named(self, story):
-        """Ten lines: what, value, range, what was undone, which actor stays, and the commands to go on."""
+        """A dozen lines: what, value, range, what was undone, which actor stays, and the commands to go on."""
         lines = query.why(story).splitlines()
         assert lines[0] == "freeze f2, in cycle 6, at 2030-01-01 09:32:03 UTC"
         assert lines[1].startswith("tripped   promotion gate, rule panel.correct: correct rose by 0.4")
@@ -39,6 +43,66 @@ class TestWhy:
         assert lines[5].startswith("actor     that of cycle 5 stays (weights ")
         assert lines[-1] == f"go on     loopguard resume {story} --by NAME --reason TEXT"
         assert 8 <= len(lines) <= 12
+
+    @pytest.mark.parametrize("freeze", ["f1", "f2"])
+    def test_fits_on_a_screen(self, story, freeze):
+        """80 columns and 24 rows, the wrapped ones counted."""
+        rows = [textwrap.wrap(line, 80) for line in query.why(story, freeze).splitlines()]
+        assert sum(map(len, rows)) <= 22
+
+    def test_a_reason_of_many_pages_is_cut_and_says_so(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            log.append("freeze.entered", {"freeze": "f1", "gate": "data", "rule": "x", "reason": "y" * 100_000})
+        lines = query.why(tmp_path / "run").splitlines()
+        assert max(map(len, lines)) < 400
+        assert lines[1].endswith("y... (cut; the log has all of it)")
+
+    def test_says_what_it_goes_back_to_and_who_may_resume(self, story):
+        text = query.why(story)
+        assert "goes back a resume goes on from what was promoted in cycle 5; cycle 6 begins again" in text
+        assert "who       anybody with a name and a reason; nothing resumes by itself" in text
+        assert "value     correct 0.9352, expected 0.1 to 0.7352, 0.2 too high" in text
+
+    def test_names_the_people_who_have_to_sign(self, tmp_path):
+        """Where a guard policy asks for approvals, one name and a reason are not enough, and `why` says so."""
+        rule = {"approvals": 2, "people": {name: [] for name in ("eli", "dana", "fay")}, "within_s": 60.0}
+        rule |= {"requester_may_approve": False, "execute_within_s": 60.0}
+        with open_log(tmp_path / "run") as log:
+            log.append("policy.loaded", {"name": "two", "digest": log.policy, "resume": rule})
+            log.append("freeze.entered", {"freeze": "f1", "gate": "data", "rule": "x", "reason": "y"})
+        text = query.why(tmp_path / "run")
+        assert "who       2 of dana, eli, fay have to sign; whoever asks does not count" in text
+        assert text.endswith(f"--reason TEXT, then loopguard approve {tmp_path}/run --key FILE")
+        assert query.why_facts(tmp_path / "run")["resume"] == {
+            "approvals": 2,
+            "people": ["dana", "eli", "fay"],
+            "pending": None,
+        }
+
+    def test_a_capsule_of_a_forged_log_is_one_word_of_a_command(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            log.append("freeze.entered", {"freeze": "f1", "capsule": "f1; rm -rf ~"})
+        (line,) = [line for line in query.why(tmp_path / "run").splitlines() if line.startswith("replay")]
+        assert shlex.split(line)[3] == f"{tmp_path}/run/f1; rm -rf ~"
+
+    def test_a_latch_that_nobody_recorded_is_pointed_at(self, tmp_path):
+        finished(tmp_path / "run", cycles=1)
+        (tmp_path / "run" / "latch").write_text("{}")
+        with pytest.raises(UsageError, match="is latched, and no process has recorded the freeze yet"):
+            query.why(tmp_path / "run")
+
+    @pytest.mark.parametrize(
+        ("signal", "text"),
+        [
+            ({"value": 3.0, "low": 0.0, "high": 2.5}, "0.5 too high"),
+            ({"value": -1.0, "low": 0.0, "high": None}, "1 too low"),
+            ({"value": 1.0, "low": 0.0, "high": 2.5}, ""),
+            ({"value": "NaN", "low": 0.0, "high": 2.5}, ""),
+            ({"value": "Infinity", "low": None, "high": 2.5}, ""),
+        ],
+    )
+    def test_a_margin_is_told_where_it_is_a_number(self, signal, text):
+        assert query.margin_told(signal) == text
 
     def test_says_since_when_and_what_was_withheld(self, story):
         text = query.why(story, "f1")
@@ -127,6 +191,95 @@ class TestCycles:
         loop.tick(seconds)
         assert query.duration(first, loop.log.append("note.added").ts) == text
         loop.log.close()
+
+
+class TestStats:
+    def test_counts_calls_data_updates_promotions_and_freezes(self, story):
+        """The same numbers as the cycles, over the whole run."""
+        facts, told = stats(story).facts(), query.cycles(story)
+        assert facts["calls"]["decided"] == sum(cycle.calls for cycle in told) == 96
+        assert facts["calls"]["refused"] == sum(cycle.refused for cycle in told)
+        assert facts["calls"]["contained"] == sum(cycle.contained for cycle in told)
+        assert facts["data"] == {"admitted": 38 * 8, "quarantined": {"overlaps an evaluation text": 24}}
+        assert facts["updates"]["applied"] == sum(cycle.updates for cycle in told)
+        assert facts["promotions"] == {"asked": 7, "applied": 6, "rolled_back": 0}
+        assert facts["records"] == sum(kind["count"] for kind in facts["types"].values()) == read.last(story).seq
+
+    def test_time_frozen_is_from_a_freeze_to_its_resume_or_the_last_record(self, tmp_path):
+        loop = Loop(tmp_path / "run")
+        for _ in range(2):
+            loop.log.append("freeze.entered", {"freeze": "f1"})
+            loop.tick(600)
+            loop.log.append("resume.applied", {"freeze": "f1", "by": "dana", "reason": "fine"})
+            loop.tick(300)
+        loop.log.append("freeze.entered", {"freeze": "f3"})
+        loop.tick(40)
+        loop.log.append("note.added", {"by": "dana", "text": "still looking"})
+        loop.log.close()
+        told = stats(tmp_path / "run")
+        assert (told.freezes, told.resumes, told.stood_still_s) == (3, 2, 1240.0)
+        assert told.frozen_since is not None
+        assert told.per_hour(3) == pytest.approx(3 * 3600 / told.span_s)
+
+    def test_a_run_of_one_record_has_no_rate(self, tmp_path):
+        open_log(tmp_path / "run").close()
+        told = stats(tmp_path / "run")
+        assert told.per_hour(1) is None
+        assert told.facts()["types"]["log.opened"] == {"count": 1, "per_hour": None}
+
+
+class TestTail:
+    def test_gives_the_newest_records_across_segments(self, tmp_path):
+        plain_log(tmp_path / "run", notes=60, segment_bytes=8_000)
+        assert len(read.segments(tmp_path / "run")) > 3
+        everything = [entry.seq for entry in read.entries(tmp_path / "run")]
+        for count in (0, 1, 7, 40, 1000):
+            assert [entry.seq for entry in Tail(tmp_path / "run").newest(count)] == (
+                everything[-count:] if count else []
+            )
+
+    def test_reads_no_more_segments_than_it_takes(self, tmp_path):
+        """Of a log of a month, the newest lines come at once: an old segment is not even opened."""
+        plain_log(tmp_path / "run", notes=60, segment_bytes=8_000)
+        read.segments(tmp_path / "run")[0].write_bytes(b"not a record\n")
+        assert len(Tail(tmp_path / "run").newest(5)) == 5
+
+    def test_follows_a_living_writer_into_its_next_segment_and_repeats_nothing(self, tmp_path):
+        with open_log(tmp_path / "run", segment_bytes=3_000) as log:
+            tail = Tail(tmp_path / "run")
+            seen = [entry.seq for entry in tail.newest(10)]
+            rounds = iter(range(6))
+
+            def write(_seconds):
+                """What the other process does while this one sleeps."""
+                if next(rounds, None) is None:
+                    raise KeyboardInterrupt
+                for _ in range(3):
+                    log.append("note.added", {"by": "dana", "text": "x" * 200})
+
+            with pytest.raises(KeyboardInterrupt):
+                for entry in tail.follow(sleep=write):
+                    seen.append(entry.seq)
+            assert len(read.segments(tmp_path / "run")) > 2
+            assert seen == list(range(1, log.head.seq + 1))
+
+    def test_a_line_that_is_being_written_waits_for_the_next_look(self, tmp_path):
+        plain_log(tmp_path / "run", notes=2)
+        path = read.segments(tmp_path / "run")[0]
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-20])
+        tail = Tail(tmp_path / "run")
+        assert [entry.seq for entry in tail.newest(9)] == [1, 2]
+
+        follow = tail.follow(sleep=lambda _: path.write_bytes(whole) and None)
+        assert next(follow).seq == 3
+
+    def test_an_altered_record_ends_it(self, tmp_path):
+        plain_log(tmp_path / "run", notes=3)
+        path = read.segments(tmp_path / "run")[0]
+        path.write_bytes(path.read_bytes().replace(b"note 1", b"note 7"))
+        with pytest.raises(AuditTamperedError, match=r"seg-000000000001.jsonl at byte \d+: the record was altered"):
+            Tail(tmp_path / "run").newest(9)
 
 
 class TestMirror:
@@ -227,7 +380,9 @@ def test_no_body_however_odd_breaks_a_reader(records, tmp_path_factory):
     assert query.why(run_dir)
     assert json.dumps([told.facts() for told in query.cycles(run_dir)])
     assert json.dumps([freeze.facts() for freeze in query.freezes(run_dir)])
+    assert json.dumps(query.why_facts(run_dir))
+    assert json.dumps(stats(run_dir).facts())
     assert verify(run_dir).code in {20, 30, 40}
     assert render(run_dir)
-    for command in ("show", "cycle", "freezes"):
+    for command in ("show", "cycle", "freezes", "tail", "stats"):
         assert CliRunner().invoke(app, [command, str(run_dir)], catch_exceptions=False).exit_code == 0
