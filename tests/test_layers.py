@@ -23,6 +23,7 @@ ROWS = {
     "approvals": 3,
     "state": 3,
     "snapshots": 3,
+    "notify": 3,
     "controller": 4,
     "integrations": 5,
     "reproduce": 5,

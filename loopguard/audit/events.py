@@ -77,6 +77,8 @@ TYPES: dict[str, str] = {
     "approval.given": "a person signed what a resume would do",
     "approval.refused": "an approval, or a request to resume, did not count",
     "resume.applied": "a named person let the loop go on",
+    "notify.sent": "an endpoint was told of a freeze, a resume or the end",
+    "notify.failed": "an endpoint could not be told of one",
     "note.requested": "a person handed in a note",
     "note.added": "a person wrote something down",
     "sandbox.created": "a cell was started",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.cli import approve, audit, doctor, freeze, init, monitor, policy, replay, run, sandbox, serve
+from loopguard.cli import approve, audit, doctor, freeze, init, monitor, notify, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ app.command("reproduce")(replay.reproduce)
 app.add_typer(policy.app, name="policy")
 app.add_typer(audit.app, name="audit")
 app.add_typer(monitor.app, name="monitor")
+app.add_typer(notify.app, name="notify")
 app.add_typer(sandbox.app, name="sandbox")
 
 

@@ -12,6 +12,7 @@ from loopguard.approvals import book
 from loopguard.audit.anchors import Anchor
 from loopguard.consent.sshsig import stamp
 from loopguard.errors import PolicyMismatchError, UsageError
+from loopguard.notify import Command, Notifier, Webhook, command, key_from
 from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import replace_durably, writing
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loopguard.audit.events import Entry
+    from loopguard.notify import Endpoint
     from loopguard.policy.schema import GuardPolicy
 
 
@@ -141,10 +143,23 @@ def _approved(run_dir: Path, before: LoadedPolicy, loaded: LoadedPolicy) -> dict
 
 
 def loaded_facts(loaded: LoadedPolicy) -> dict[str, Any]:
-    """What `policy.loaded` holds: from it alone a reader of the log knows whose approvals a resume takes."""
+    """What `policy.loaded` holds.
+
+    From it alone a reader of the log knows whose approvals a resume takes, and who is told of a freeze.
+    """
     resume = loaded.policy.resume
     facts: dict[str, Any] = {"name": loaded.policy.name, "digest": loaded.digest}
-    return facts | ({"resume": resume.to_rule().facts()} if resume is not None else {})
+    facts |= {"resume": resume.to_rule().facts()} if resume is not None else {}
+    return facts | ({"notify": told} if (told := _told(loaded.policy)) else {})
+
+
+def _told(policy: GuardPolicy) -> list[dict[str, Any]]:
+    notify = policy.notify
+    if notify is None:
+        return []
+    told: list[Endpoint] = [Webhook(url=one.url, key=b"") for one in notify.webhooks]
+    told += [Command(argv=notify.command)] if notify.command else []
+    return [one.facts() for one in told]
 
 
 def lay_out(
@@ -181,6 +196,23 @@ def anchors(policy: GuardPolicy) -> list[Anchor]:
         )
         for place in policy.audit.anchors
     ]
+
+
+def endpoints(policy: GuardPolicy) -> list[Endpoint]:
+    """Who is told, as the guard policy says. Raises UsageError for a secret that is not set, or no such program."""
+    if policy.notify is None:
+        return []
+    places: list[Endpoint] = [Webhook(url=one.url, key=key_from(one.secret)) for one in policy.notify.webhooks]
+    places += [command(policy.notify.command)] if policy.notify.command else []
+    return places
+
+
+def notifier(policy: GuardPolicy, run_dir: Path) -> Notifier | None:
+    """What tells them; None where nobody is to be told. Raises UsageError, as `endpoints` does."""
+    notify = policy.notify
+    if notify is None:
+        return None
+    return Notifier(endpoints(policy), run_dir=run_dir, events=notify.events, within_s=notify.within_s)
 
 
 def versions() -> dict[str, str]:

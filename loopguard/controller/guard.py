@@ -32,6 +32,7 @@ from loopguard.gates.data import DataGate
 from loopguard.gates.promotion import PromotionGate
 from loopguard.gates.tools import ToolGate
 from loopguard.gates.updates import UpdateGate
+from loopguard.notify import mirrored
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
 from loopguard.state import FreezeState, anchor_lost, latch_reason, run_facts, signal_facts
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from loopguard.approvals import Consent
     from loopguard.audit.events import Entry
     from loopguard.controller.observe import Observer
+    from loopguard.notify import Notifier
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
 
 _POLL_S = 0.5
@@ -115,6 +117,7 @@ class LoopGuard:
         self._driven = False
         """Whether a framework begins the cycles."""
         self._closed = False
+        self._notifier: Notifier | None = None
 
     @classmethod
     def from_file(
@@ -136,7 +139,7 @@ class LoopGuard:
         and `reason`. `runtimes` makes the sandboxes (Docker by default), `mirror` gets each audit record as it is
         written.
 
-        Raises PolicyError, PolicyMismatchError, UsageError (a directory with other things in it),
+        Raises PolicyError, PolicyMismatchError, UsageError (a directory with other things in it, nobody to notify),
         SandboxUnavailableError, RunBusyError, AuditTamperedError, AuditWriteError. None of them leaves a half-written
         run directory behind.
         """
@@ -151,6 +154,7 @@ class LoopGuard:
         goes_on = (directory / "run.json").exists() and bool(read.segments(directory, here.stream))
         known = (directory / "run.json").exists()
         run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
+        notifier = directories.notifier(loaded.policy, directory) if here.leads else None
         cells = Cells(loaded.policy, run_id, runtimes or docker)
         if not (directory / "latch").exists():
             cells.start()
@@ -163,7 +167,7 @@ class LoopGuard:
                 run_id=run_id,
                 policy=loaded.digest,
                 reserve_mib=loaded.policy.audit.reserve_mib,
-                mirror=mirror,
+                mirror=mirrored(notifier, mirror),
                 checkpoint_every=loaded.policy.audit.checkpoint_every,
                 anchors=directories.anchors(loaded.policy) if here.leads else (),
                 on_lost_anchor=partial(anchor_lost, directory),
@@ -186,6 +190,9 @@ class LoopGuard:
             if here.leads:
                 guard._settle()
                 guard._refuse_overdue()
+            if notifier is not None:
+                notifier.begin(log)
+                guard._notifier = notifier
         except BaseException:
             cells.close()
             log.close()
@@ -238,7 +245,11 @@ class LoopGuard:
                     there = self._good.store.promoted() if lost is not None else None
                     self._state.remember(cycle=there.cycle if there else None, undone=lost is not None)
         finally:
-            self._log.close()
+            try:
+                if self._notifier is not None:
+                    self._notifier.close()
+            finally:
+                self._log.close()
         if finished and lost is not None:
             raise lost  # what was promoted last is not on disk, and nobody else would say so
 

@@ -116,6 +116,12 @@ _ORDER: dict[str, Order | Steps] = {
     "audit.checkpoint_every": "smaller",
     # Places as words, and one more word for each that has to work: more places that are out of reach are tighter.
     "audit.anchors": "more",
+    # Fewer places are fewer people who hear of a freeze, more are more places that something is sent to, and a program
+    # runs on the host: a person has to weigh each of these, so any change counts as loosened.
+    "notify.webhooks": "any",
+    "notify.command": "any",
+    "notify.events": "more",
+    "notify.within_s": "larger",
 }
 
 _NAMED = (("tools", "run"), ("updates", "monitors"), ("promotion", "panel"))
@@ -205,6 +211,7 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     said["promotion"]["panel"] = {metric["metric"]: metric for metric in said["promotion"]["panel"]}
     said["resume"] = _resume(said["resume"])
     said["audit"]["anchors"] = [word for place in said["audit"]["anchors"] for word in _anchor(place)]
+    said["notify"] = _notify(said["notify"])
     # Not to skip at all is the tightest way of skipping.
     said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
     return said
@@ -223,6 +230,14 @@ def _anchor(place: dict[str, Any]) -> list[str]:
     """A place that checkpoints are kept in, as words: the place, and that it is required."""
     word = f"{place['kind']} {place.get('path') or place.get('repository') or ''}".rstrip()
     return [word, f"{word} required"] if place["required"] else [word]
+
+
+def _notify(notify: dict[str, Any] | None) -> dict[str, Any]:
+    """Who is told, as words; never None, so that a first endpoint is no tightening either."""
+    if notify is None:
+        return {"webhooks": [], "command": [], "events": [], "within_s": 0.0}
+    words = [f"{place['url']} ${place['secret']}{' insecure' * place['insecure']}" for place in notify["webhooks"]]
+    return notify | {"webhooks": sorted(words), "command": notify["command"] or []}
 
 
 def _place(place: dict[str, Any]) -> str:

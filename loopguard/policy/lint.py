@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from loopguard.policy.findings import Where
-    from loopguard.policy.schema import BoundsRule, Egress, GuardPolicy, PanelMetric, Profile, Tools, Updates
+    from loopguard.policy.schema import BoundsRule, Egress, GuardPolicy, Notify, PanelMetric, Profile, Tools, Updates
 
 Lint = tuple["Where", str]
 
@@ -42,6 +42,8 @@ def lints(policy: GuardPolicy) -> Iterator[Lint]:
     if policy.resume is not None and policy.resume.approvals == 1 and policy.resume.requester_may_approve:
         message = "one person may ask for a resume and approve it, so nobody else has to look; ask for 2 approvals"
         yield ("resume", "requester_may_approve"), message
+    if policy.notify is not None:
+        yield from _notify(policy.notify)
     for i, metric in enumerate(policy.promotion.panel):
         yield from _metric(metric, ("promotion", "panel", i))
 
@@ -112,6 +114,15 @@ def _updates(updates: Updates) -> Iterator[Lint]:
 
 def _exactly_zero(rule: BoundsRule) -> bool:
     return rule.metric == "loss" and rule.min == 0
+
+
+def _notify(notify: Notify) -> Iterator[Lint]:
+    if "freeze.entered" not in notify.events:
+        yield ("notify", "events"), "notify.events lacks freeze.entered, so nobody is told when the run freezes"
+    for i, place in enumerate(notify.webhooks):
+        if place.insecure:
+            message = "whoever is on the way reads what is sent here, and can keep it from arriving; write https"
+            yield ("notify", "webhooks", i, "insecure"), message
 
 
 def _metric(metric: PanelMetric, where: Where) -> Iterator[Lint]:

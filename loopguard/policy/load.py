@@ -97,7 +97,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*"): {"privileges": "multi", "queue": 1000, "background": False, "egress": None},
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
     ("tools",): {"budget": None},
-    (): {"resume": None},
+    (): {"resume": None, "notify": None},
     ("audit",): {"checkpoint_every": 1000, "anchors": []},
 }
 

@@ -13,7 +13,8 @@ import re
 import warnings
 from collections import Counter
 from fractions import Fraction
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -119,6 +120,34 @@ def signer_key() -> BeforeValidator:
         return written
 
     return BeforeValidator(read)
+
+
+def web_address() -> BeforeValidator:
+    """The address of a webhook. No message repeats it, since its path may be a secret of its own."""
+
+    def read(written: object) -> object:
+        if isinstance(written, str) and (fault := _address_fault(written)):
+            raise ValueError(fault)
+        return written
+
+    return BeforeValidator(read)
+
+
+def _address_fault(written: str) -> str:
+    """What is wrong with an address, as the rest of a sentence; empty where nothing is."""
+    expected = "expected an address such as https://hooks.example.org/loopguard"
+    try:
+        parts = urlsplit(written)
+        port = parts.port
+    except ValueError:
+        return f"is no address; {expected}"
+    if not re.fullmatch(r"[!-~]+", written) or parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        return f"is no address; {expected}"
+    if "@" in parts.netloc:
+        return "names a user; take that out, events are signed with the secret"
+    if "?" in written or "#" in written:
+        return "has a '?' or '#'; a key in an address would stand in the policy: have a command send it"
+    return ""
 
 
 def known_runtime() -> BeforeValidator:
@@ -673,6 +702,56 @@ class Audit(Section):
             yield ("anchors", i), "is there a second time; keep one of the two"
 
 
+_LOCAL = re.compile(r"localhost|127(\.[0-9]{1,3}){3}|::1")
+
+
+class WebhookPlace(Section):
+    """One address that is told of a freeze."""
+
+    url: Annotated[Text, web_address()] = Field(description="the address that events are posted to")
+    secret: Annotated[str, secret_name()] = Field(
+        description="the environment variable with the secret that events are signed with"
+    )
+    insecure: bool = False
+
+    def problems(self) -> Iterator[Problem]:
+        """What is sent unencrypted stays on the machine, unless that is asked for."""
+        parts = urlsplit(self.url)
+        local = _LOCAL.fullmatch(parts.hostname or "") is not None
+        if parts.scheme == "http" and not local and not self.insecure:
+            yield ("url",), "is not encrypted, and leads off this machine: write https, or insecure: true"
+        if self.insecure and (parts.scheme == "https" or local):
+            tail = "is encrypted" if parts.scheme == "https" else "stays on this machine"
+            yield ("insecure",), f"has no meaning for an address that {tail}; take it out"
+
+
+Told = Literal["freeze.entered", "resume.requested", "resume.applied", "run.finished", "run.interrupted"]
+_EVERY: tuple[Told, ...] = get_args(Told)
+
+
+class Notify(Section):
+    """Who is told when the run freezes, is to go on, goes on, or ends."""
+
+    webhooks: Annotated[tuple[WebhookPlace, ...], Field(max_length=16)] = ()
+    command: Annotated[tuple[Text, ...], Field(max_length=100)] | None = None
+    events: tuple[Told, ...] = _EVERY
+    within_s: Annotated[float, duration("1s", "24h")] = Field(default=900.0, alias="within")
+
+    def problems(self) -> Iterator[Problem]:
+        """Somebody is told, of each thing once, and the program is one and the same wherever the loop is started."""
+        if not self.webhooks and self.command is None:
+            yield ("webhooks",), "is missing, and so is command: nobody would be told; name one, or take notify out"
+        for i in _repeats([place.url for place in self.webhooks]):
+            yield ("webhooks", i, "url"), "is there a second time; keep one of the two"
+        yield from _twice(self.events, ("events",))
+        if not self.events:
+            yield ("events",), "is empty, so that nobody would be told of anything; take it out for all of them"
+        if self.command is not None and not self.command:
+            yield ("command",), "is empty; expected a program with its arguments, such as [/usr/local/bin/page, night]"
+        elif self.command is not None and not _PLACE_PATH.fullmatch(self.command[0]):
+            yield ("command", 0), f"is {shown(self.command[0])}; expected {_OTHER_PLACE}"
+
+
 class GuardPolicy(Section):
     """Everything that a guard policy file says, with the defaults filled in.
 
@@ -692,6 +771,7 @@ class GuardPolicy(Section):
     freeze: Freeze = Freeze()
     resume: Resume | None = None
     audit: Audit = Audit()
+    notify: Notify | None = None
 
     def problems(self) -> Iterator[Problem]:
         """Every rule runs its calls in a profile that exists, and what needs calls or rollouts has them."""

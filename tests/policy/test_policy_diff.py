@@ -27,6 +27,8 @@ A = {"host": "a.example.org", "port": 443}
 B = {"host": "b.example.org", "port": 443}
 SECRET = A | {"secret_headers": {"X": "K"}}
 SKIP = {"on_trip": "skip", "skip_at_most": {"updates": 2, "per": 100}}
+PAGE = {"command": ["/bin/page"]}
+HOOK = {"url": "https://a.example.org", "secret": "S"}
 ANOTHER_KEY = [f'valid-before="20400101Z" {KEYS[0]}']
 
 # (changes of the old policy, changes of the new one, direction); the way back of a tightening is a loosening.
@@ -152,6 +154,14 @@ TABLE = [
     ({"resume": RESUME}, {"resume": RESUME | {"people": dict(reversed(RESUME["people"].items()))}}, "same"),
     ({"resume": RESUME}, {"resume": RESUME | {"people": RESUME["people"] | {"dana": ANOTHER_KEY}}}, "loosened"),
     ({"resume": RESUME}, {"resume": RESUME | {"approvals": 2, "within": "48h"}}, "loosened"),
+    ({}, {"notify": PAGE}, "loosened"),
+    ({"notify": PAGE}, {}, "loosened"),
+    ({}, {"notify": {"webhooks": [HOOK]}}, "loosened"),
+    ({"notify": {"webhooks": [HOOK]}}, {}, "loosened"),
+    ({"notify": {"webhooks": [HOOK]}}, {"notify": {"webhooks": [HOOK | {"secret": "T"}]}}, "loosened"),
+    ({"notify": PAGE}, {"notify": PAGE | {"command": ["/bin/page", "-v"]}}, "loosened"),
+    ({"notify": PAGE | {"events": ["freeze.entered"]}}, {"notify": PAGE}, "tightened"),
+    ({"notify": PAGE}, {"notify": PAGE | {"within": "1h"}}, "tightened"),
 ]  # fmt: skip
 
 
@@ -261,6 +271,7 @@ FULL = {
     "data__freeze_above": {"quarantined_share": 0.5, "of_at_least": 20},
     "freeze": SKIP,
     "resume": RESUME,
+    "notify": PAGE,
 }
 
 # Keys where no value is tighter than another, each for a reason.

@@ -117,6 +117,11 @@ OTHER = [
     {"resume": RESUME},
     {"resume": RESUME | {"approvals": 2}},
     {"resume": RESUME | {"within": "12h"}},
+    {"notify": {"command": ["/bin/page"]}},
+    {"notify": {"command": ["/bin/page"], "within": "1m"}},
+    {"notify": {"command": ["/bin/page"], "events": ["freeze.entered"]}},
+    {"notify": {"webhooks": [{"url": "https://a.example.org", "secret": "S"}]}},
+    {"notify": {"webhooks": [{"url": "https://a.example.org", "secret": "T"}]}},
 ]
 
 
