@@ -42,6 +42,7 @@ HOMES = {
     "ruamel": ["policy/"],
     "structlog": ["audit/mirror.py"],
     "jinja2": ["audit/report.py"],
+    "pyarrow": ["audit/export.py"],
     "cryptography": ["consent/sshsig.py", "audit/"],
     "torch": ["snapshots/", "integrations/torch/", "integrations/transformers/", "pipelines/"],
     "safetensors": ["snapshots/"],
@@ -58,7 +59,7 @@ HOMES = {
     "click": ["cli/"],
     "rich": ["cli/"],
 }
-ONLY_INSIDE_FUNCTIONS = {("snapshots/", "torch"), ("snapshots/", "safetensors")}
+ONLY_INSIDE_FUNCTIONS = {("snapshots/", "torch"), ("snapshots/", "safetensors"), ("audit/export.py", "pyarrow")}
 
 # `state` writes the latch the way snapshots are written, and has approvals counted, which are about a snapshot.
 SAME_ROW = {("state", "snapshots"), ("state", "approvals"), ("approvals", "snapshots")}

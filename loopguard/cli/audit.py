@@ -271,6 +271,28 @@ def keygen(
 
 
 @app.command()
+def export(
+    run_dir: RunDir,
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="jsonl, csv, cloudevents, otlp or parquet.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="A file; else standard output.")] = None,
+) -> None:
+    """Write every record of a run in a format of other tools: JSON lines, a table, CloudEvents, OpenTelemetry.
+
+    loopguard audit export runs/toolformer --to csv --out records.csv
+
+    jsonl is the log itself; csv is safe to open in a spreadsheet; cloudevents is one JSON array; otlp is OTLP/JSON
+    logs, one batch a line; parquet needs pyarrow.
+
+    Exit codes: 0 written, 2 no log there, no such format or no such place, 6 a record was altered: no file was written.
+    """
+    from loopguard.audit.export import export as write
+
+    count = write(run_dir, to=to, out=out)
+    if out is not None:
+        print(f"{out}: {count:,} records", file=sys.stderr)
+
+
+@app.command()
 def report(run_dir: RunDir) -> None:
     """Write report.html into the run directory: curves, cycles, and a card for each freeze, in one file.
 

@@ -16,7 +16,7 @@ from loopguard.audit import read
 from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
-COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen"]
+COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen", "export"]
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +163,7 @@ class TestOthers:
         assert "frozen    32 min in 2 freezes, 1 resumed, frozen now" in text
         assert "promoted  6 of 7 that were asked for, 0 rolled back" in text
         assert [line.split() for line in text.splitlines() if line.startswith("freeze.entered")] == [
-            ["freeze.entered", "2", "3.7"]
+            ["freeze.entered", "2", "3.8"]
         ]
         assert json.loads(run("stats --json", story))["updates"]["withheld"] == 1
 
