@@ -111,8 +111,8 @@ def looks_torn(data: bytes) -> bool:
         return False
     try:
         _, end = json.JSONDecoder().raw_decode(kept.decode("latin-1"))
-    except ValueError:
-        return True  # cut inside
+    except (ValueError, RecursionError):
+        return True  # cut inside; a whole one that is nested so deeply was never written
     if end != len(kept):
         return False  # a whole record and then something that is not a newline
     return _is_record(kept)

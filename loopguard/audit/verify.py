@@ -239,7 +239,9 @@ def _mark_of(kept: places.Kept, trusted: Sequence[keyring.VerifierKey]) -> _Mark
 
 def _log_of(run_dir: Path, stream: str) -> str:
     """The name that all records of a stream carry, by `run.json`, or by the log itself where there is none."""
-    run = _json(run_dir / "run.json").get("id")
+    run = None
+    with contextlib.suppress(OSError):  # the verification of the stream says so
+        run = _json(run_dir / "run.json").get("id")
     if isinstance(run, str):
         return f"{run}/{stream}"
     for path in read.segments(run_dir, stream):
@@ -352,7 +354,7 @@ class Grammar:
     frozen: str | None = None
     calls: set[str] = field(default_factory=set)
     orphans: set[str] = field(default_factory=set)
-    """Calls in flight when an earlier process ended."""
+    """Calls in flight when an earlier process ended, however many starts ago."""
     lease: tuple[int, int] | None = None
     promotion: str | None = None
     """The digest of the weights that a promotion decision allows."""
@@ -361,7 +363,8 @@ class Grammar:
         """What this record did that no record allowed."""
         match entry.type:
             case "log.opened":
-                self.orphans, self.calls, self.lease = self.calls, set(), None
+                self.orphans |= self.calls
+                self.calls, self.lease = set(), None
             case "freeze.entered":
                 # A lease is of one epoch, and a decision of before a freeze allows nothing after it.
                 self.frozen, self.lease, self.promotion = str(entry.body.get("freeze")), None, None
@@ -371,7 +374,7 @@ class Grammar:
                 self.calls.add(str(entry.body.get("call")))
             case "tool.finished" | "tool.lost":
                 yield from self._call_ended(entry.body)
-            case "data.admitted" if self.frozen:
+            case "data.admitted" if self.frozen is not None:
                 yield f"data was admitted while frozen ({self.frozen})"
             case "update.leased":
                 self._extend_lease(entry.body)
@@ -410,7 +413,7 @@ class Grammar:
         self.lease = span
 
     def _applied(self, body: Any) -> Iterator[str]:
-        if self.frozen:
+        if self.frozen is not None:
             yield f"updates were applied while frozen ({self.frozen})"
         span = _span(body)
         if span is None:
@@ -420,7 +423,7 @@ class Grammar:
             yield f"updates {span[0]}-{span[1]} were applied outside a lease ({leased})"
 
     def _promoted(self, body: Any) -> Iterator[str]:
-        if self.frozen:
+        if self.frozen is not None:
             yield f"a promotion was applied while frozen ({self.frozen})"
         weights = str(body.get("actor"))
         if self.promotion is None:

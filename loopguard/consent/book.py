@@ -370,8 +370,11 @@ def count(rule: Rule, statement: Statement, given: Any, *, now: str) -> list[App
 
 
 def later(moment: str, seconds: float) -> str:
-    """A recorded time and so many seconds."""
-    return stamp(_moment(moment) + timedelta(seconds=seconds))
+    """A recorded time and so many seconds; the end of all times where that lies behind it."""
+    try:
+        return stamp(_moment(moment) + timedelta(seconds=seconds))
+    except OverflowError:
+        return stamp(datetime.max.replace(tzinfo=UTC))
 
 
 def _rule(body: Mapping[str, Any]) -> Rule | None:

@@ -1,0 +1,1151 @@
+"""Write the vectors: small logs, good and bad, each with the code that a verifier has to give and a sentence why.
+
+    python tests/audit/make_vectors.py [FOLDER]
+
+`vectors/index.json` lists them: `name` of the folder, `code`, `says`, and what the reader has: `head` (--expect-head),
+`keys` (--key) and `anchors` (--anchors, from the folder of the vector). The run directory is NAME/run.
+
+The clock and all keys are fixed, so that the same bytes come out each time. A vector is a function below: it gets a
+folder, and gives what the reader has.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import shutil
+import sys
+import textwrap
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from loopguard.audit.events import encode
+from loopguard.audit.keys import SigningKey
+from loopguard.audit.notes import Checkpoint
+from loopguard.audit.tree import Tree
+
+HOME = Path(__file__).parent / "vectors"
+BEGIN = datetime(2030, 1, 1, tzinfo=UTC)
+KEY = SigningKey("gpu7", bytes(range(32)))
+OTHER_KEY = SigningKey("gpu8", bytes(range(1, 33)))
+VKEY = str(KEY.public)
+
+VECTORS = {}
+
+
+def digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+POLICY, LOOSER = digest("a guard policy"), digest("a looser one")
+
+
+def vector(code, says):
+    """Register a function as a vector under its name."""
+
+    def register(make):
+        VECTORS[make.__name__.replace("_", "-")] = (code, says, make)
+        return make
+
+    return register
+
+
+def stamp(seconds):
+    return (BEGIN + timedelta(seconds=seconds)).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+class Log:
+    """A stream that is being made up. Nothing is written before `write`, so that lines can be tampered with."""
+
+    def __init__(self, home, *, stream="controller", run="run-a", policy=POLICY, key=None):
+        self.run_dir = home / "run"
+        self.folder = self.run_dir / "audit" / stream
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "policy").mkdir(exist_ok=True)
+        for name in (POLICY, LOOSER):
+            (self.run_dir / "policy" / f"{name}.yaml").write_text("a stand-in\n")
+        (self.run_dir / "run.json").write_text(json.dumps({"id": "run-a"}))
+        self.log, self.policy, self.key = f"{run}/{stream}", policy, key
+        self.lines, self.tree, self.seq, self.hash = [], Tree(), 0, "0" * 64
+        self.epoch, self.now = 0, 0
+        self.add("log.opened", {"pid": 1, "versions": {}} | ({"key": str(key.public)} if key else {}))
+
+    @property
+    def head(self):
+        return f"{self.seq}:{self.hash}"
+
+    def add(self, kind, body=None, **changes):
+        """One more record; `changes` are to its other fields. Gives the fields."""
+        self.now += 1
+        self.seq += 1
+        fields = {
+            "actor": {"id": "loopguard", "kind": "loop"},
+            "body": body or {},
+            "boot": "b",
+            "cause": [],
+            "cycle": None,
+            "epoch": self.epoch,
+            "id": f"019438a0-0000-7000-8000-{self.seq:012x}",
+            "log": self.log,
+            "mono_ns": self.now * 1_000_000_000,
+            "policy": self.policy,
+            "prev": self.hash,
+            "redacted": [],
+            "seq": self.seq,
+            "ts": stamp(self.now),
+            "type": kind,
+            "v": 1,
+        } | changes
+        line, self.hash = encode(fields)
+        self.lines.append(line)
+        self.tree = self.tree.grown(bytes.fromhex(self.hash))
+        return fields | {"hash": self.hash}
+
+    def notes(self, count, text="note"):
+        for number in range(count):
+            self.add("note.added", {"by": "dana", "text": f"{text} {number}"})
+
+    def checkpoint(self, *, key=None):
+        return Checkpoint(self.log, self.tree.size, self.tree.root()).note(key or self.key)
+
+    def store(self, note=None, *, size=None):
+        """Lay a checkpoint beside the log."""
+        folder = self.folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{size or self.seq}.note").write_text(note or self.checkpoint())
+
+    def keep(self, note=None):
+        """Keep a checkpoint elsewhere."""
+        line = json.dumps({"checkpoint": note or self.checkpoint()}, separators=(",", ":"))
+        with (self.run_dir.parent / "anchors.jsonl").open("a") as file:
+            file.write(f"{line}\n")
+
+    def commit(self, *others):
+        """Say where other streams stand."""
+        heads = {other.folder.name: {"seq": other.seq, "hash": other.hash} for other in others}
+        self.add("streams.committed", {"streams": heads})
+
+    def write(self, lines=None, *, first=1):
+        path = self.folder / f"seg-{first:012d}.jsonl"
+        path.write_bytes(b"".join(self.lines if lines is None else lines))
+        return path
+
+
+def plain(home, *, notes=5, **options):
+    log = Log(home, **options)
+    log.notes(notes)
+    return log
+
+
+# -- 0 and 10 ----------------------------------------------------------------------------------------------------------
+
+
+@vector(0, "its head is the one that was noted down")
+def ok_with_its_head(home):
+    log = plain(home)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(0, "a hash alone is enough of a head")
+def ok_with_the_hash_of_its_head(home):
+    log = plain(home)
+    log.write()
+    return {"head": log.hash}
+
+
+@vector(0, "signed to the end by a trusted key, and kept elsewhere; what says where it was kept may follow")
+def ok_signed_and_kept(home):
+    log = plain(home, key=KEY)
+    log.store()
+    log.keep()
+    log.add("anchor.kept", {"kind": "file", "place": "anchors.jsonl", "size": log.seq, "where": "anchors.jsonl"})
+    log.write()
+    return {"keys": [VKEY], "anchors": ["anchors.jsonl"]}
+
+
+@vector(0, "two segments are one log")
+def ok_in_two_segments(home):
+    log = plain(home)
+    log.write(log.lines[:3])
+    log.write(log.lines[3:], first=4)
+    return {"head": log.head}
+
+
+@vector(0, "the controller says where the other stream stands, and it stands there")
+def ok_with_another_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    rank.write()
+    log.write()
+    return {"head": log.head}
+
+
+@vector(0, "everything that needs permission has it")
+def ok_with_all_that_a_loop_does(home):
+    log = Log(home)
+    loop(log)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(10, "a crash cut the last line; the head before it was noted down")
+def warn_cut_line(home):
+    log = plain(home)
+    head, log.lines = log.head, [*log.lines]
+    log.notes(1)
+    log.write([*log.lines[:-1], log.lines[-1][:100]])
+    return {"head": head}
+
+
+@vector(10, "a whole last record that lacks its newline and has zeros behind it was cut by a crash as well")
+def warn_cut_newline(home):
+    log = plain(home)
+    head = log.head
+    log.notes(1)
+    log.write([*log.lines[:-1], log.lines[-1][:-1] + b"\0" * 20])
+    return {"head": head}
+
+
+@vector(10, "a start set the bytes of a cut line aside, and they are the ones that it names")
+def warn_recovered(home):
+    log = recovered(home, b'{"actor":{"id":')
+    return {"head": log.head}
+
+
+@vector(10, "a clock went back")
+def warn_clock(home):
+    log = plain(home)
+    log.add("note.added", {}, ts=stamp(0))
+    log.write()
+    return {"head": log.head}
+
+
+def recovered(home, data):
+    log = Log(home)
+    name, torn = "torn-000000000002.bin", b'{"actor":{"id":'
+    (log.folder / name).write_bytes(data)
+    body = {"torn_bytes": len(torn), "digest": hashlib.sha256(torn).hexdigest(), "file": name}
+    log.add("log.recovered", body)
+    log.write()
+    return log
+
+
+def loop(log, freeze="f1"):
+    """A cycle with a call, updates and a promotion; a freeze, a resume, and updates again."""
+    log.add("tool.decided", {"call": "c1", "result": "allow"})
+    log.add("tool.decided", {"call": "c2", "result": "deny"})
+    log.add("tool.finished", {"call": "c1", "status": "ok"})
+    log.add("data.admitted", {"admitted": 3})
+    log.add("update.leased", {"from": 1, "to": 8})
+    log.add("update.leased", {"from": 9, "to": 16})
+    log.add("update.applied", {"from": 5, "to": 12, "readings": {}})
+    log.add("promotion.decided", {"result": "allow", "weights": digest("w")})
+    log.add("promotion.applied", {"actor": digest("w")})
+    log.epoch += 1
+    log.add("freeze.entered", {"freeze": freeze})
+    log.add("resume.applied", {"freeze": freeze, "by": "dana", "reason": "fine", "approval": "none"})
+    log.add("update.leased", {"from": 13, "to": 20})
+    log.add("update.applied", {"from": 13, "to": 20, "readings": {}})
+
+
+# -- 20 ----------------------------------------------------------------------------------------------------------------
+
+
+@vector(20, "whole, and the reader has nothing that its tail could be held against")
+def unanchored_nothing_to_hold_against_it(home):
+    plain(home).write()
+    return {}
+
+
+@vector(20, "its tail was cut, which nobody can see who has nothing")
+def unanchored_cut_tail(home):
+    log = plain(home)
+    log.write(log.lines[:-2])
+    return {}
+
+
+@vector(20, "the head that was noted down stands in the middle")
+def unanchored_behind_a_head(home):
+    log = plain(home)
+    head = log.head
+    log.notes(1)
+    log.write()
+    return {"head": head}
+
+
+@vector(20, "signed to its end, and a signature beside it does not keep a tail from being cut")
+def unanchored_signed_only(home):
+    log = plain(home, key=KEY)
+    log.store()
+    log.write()
+    return {"keys": [VKEY]}
+
+
+@vector(20, "the trusted key did not sign what was kept, so that it proves nothing")
+def unanchored_kept_without_the_key(home):
+    log = plain(home, key=OTHER_KEY)
+    log.store()
+    log.keep()
+    log.write()
+    return {"keys": [VKEY], "anchors": ["anchors.jsonl"]}
+
+
+@vector(20, "the head is right, and the trusted key signed only the middle")
+def unanchored_signed_to_the_middle(home):
+    log = plain(home, key=KEY)
+    log.store()
+    log.notes(1)
+    log.write()
+    return {"keys": [VKEY], "head": log.head}
+
+
+@vector(20, "the log named another key by then; one that was given up signs nothing that came later")
+def unanchored_signed_by_a_key_given_up(home):
+    log = plain(home, key=KEY)
+    log.add("log.opened", {"key": str(OTHER_KEY.public)})
+    log.store()
+    log.write()
+    return {"keys": [VKEY], "head": log.head}
+
+
+@vector(20, "nothing commits to the other stream")
+def unanchored_stream(home):
+    plain(home, stream="rank-1").write()
+    log = plain(home)
+    log.write()
+    return {"head": log.head}
+
+
+# -- 30 ----------------------------------------------------------------------------------------------------------------
+
+
+def tampered(home, change, **options):
+    log = plain(home, **options)
+    log.write(change(log.lines))
+    return {"head": log.head}
+
+
+@vector(30, "a byte was flipped")
+def tamper_byte(home):
+    return tampered(home, lambda lines: [*lines[:2], lines[2].replace(b"dana", b"dama"), *lines[3:]])
+
+
+@vector(30, "two records were swapped")
+def tamper_swapped(home):
+    return tampered(home, lambda lines: [*lines[:2], lines[3], lines[2], *lines[4:]])
+
+
+@vector(30, "a record was taken out")
+def tamper_dropped(home):
+    return tampered(home, lambda lines: lines[:2] + lines[3:])
+
+
+@vector(30, "a record stands there twice")
+def tamper_repeated(home):
+    return tampered(home, lambda lines: [*lines[:3], lines[2], *lines[3:]])
+
+
+@vector(30, "a line that is not the last of the log does not end")
+def tamper_cut_inside(home):
+    log = plain(home)
+    log.write([*log.lines[:2], log.lines[2][:-1]])
+    log.write(log.lines[3:], first=4)
+    return {"head": log.head}
+
+
+@vector(30, "a whole last record has something behind it that is neither a newline nor zeros")
+def tamper_behind_the_last(home):
+    return tampered(home, lambda lines: [*lines[:-1], lines[-1][:-1] + b" "])
+
+
+@vector(30, "a segment has another name than its first record")
+def tamper_segment_name(home):
+    log = plain(home)
+    log.write(first=7)
+    return {"head": log.head}
+
+
+@vector(30, "a segment that is not the last is empty")
+def tamper_empty_segment(home):
+    log = plain(home)
+    log.write([])
+    log.write(first=2)
+    return {"head": log.head}
+
+
+@vector(30, "a record has a field too many, and is hashed right")
+def tamper_field(home):
+    return tampered(home, lambda lines: [*lines[:2], hashed(lines[2], more=1), *lines[3:]])
+
+
+@vector(30, "a number is a string, and the record is hashed right")
+def tamper_type(home):
+    return tampered(home, lambda lines: [*lines[:2], hashed(lines[2], epoch="0"), *lines[3:]])
+
+
+@vector(30, "a record is nested deeper than JSON is read, and is hashed right")
+def tamper_depth(home):
+    deep = json.loads("[" * 900 + "]" * 900)
+    return tampered(home, lambda lines: [*lines[:2], deeper(hashed(lines[2], cause=[deep])), *lines[3:]])
+
+
+@vector(30, "a note names a trusted key, and the key did not sign it")
+def tamper_signature(home):
+    log = plain(home, key=KEY)
+    text = log.checkpoint()
+    log.store(text.replace(text[-10:-4], "AAAAAA"))
+    log.write()
+    return {"keys": [VKEY], "head": log.head}
+
+
+@vector(30, "a note is named for another size than it says")
+def tamper_note_size(home):
+    log = plain(home)
+    log.store(size=3)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(30, "a note is none")
+def tamper_note(home):
+    log = plain(home)
+    log.store("run-a/controller\nsix\n\n")
+    log.write()
+    return {"head": log.head}
+
+
+@vector(30, "what was set aside is not what the record names")
+def tamper_set_aside(home):
+    log = recovered(home, b"something else")
+    return {"head": log.head}
+
+
+def hashed(line, **changes):
+    """A line with other fields, and the hash that belongs to it."""
+    value = json.loads(line) | changes
+    stated = value.pop("hash")
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    stated = hashlib.sha256(b"loopguard-record-v1\n" + text.encode()).hexdigest()
+    return json.dumps(value | {"hash": stated}, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def deeper(line):
+    """The same with a hundred times the depth, which json does not write."""
+    before, after = line.index(b"[[["), line.index(b"]]]")
+    at = line.rfind(b',"hash":"')
+    text = line[:before] + b"[" * 60_000 + b"]" * 60_000 + line[after + 900 : at] + line[at + 74 : -1]
+    front, back = text.rsplit(b',"id":', 1)
+    stated = hashlib.sha256(b"loopguard-record-v1\n" + text).hexdigest().encode()
+    return front + b',"hash":"' + stated + b'","id":' + back + b"\n"
+
+
+# -- 31 to 34 ----------------------------------------------------------------------------------------------------------
+
+
+@vector(31, "the head that was noted down is not there any more")
+def truncated_head(home):
+    log = plain(home)
+    log.write(log.lines[:-1])
+    return {"head": log.head}
+
+
+@vector(31, "no record has the hash that was noted down")
+def truncated_hash(home):
+    log = plain(home)
+    log.write(log.lines[:-1])
+    return {"head": log.hash}
+
+
+@vector(31, "a checkpoint that was kept stands for more records than there are")
+def truncated_kept(home):
+    log = plain(home)
+    log.keep()
+    log.write(log.lines[:-1])
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(31, "a note beside the log stands for more records than there are")
+def truncated_note(home):
+    log = plain(home)
+    log.store()
+    log.write(log.lines[:-1])
+    return {}
+
+
+@vector(31, "state.json names a later record")
+def truncated_state(home):
+    log = plain(home)
+    (log.run_dir / "state.json").write_text(json.dumps({"stream": "controller", "seq": log.seq, "hash": log.hash}))
+    log.write(log.lines[:-1])
+    return {}
+
+
+@vector(31, "the other stream had more records, by what the controller says")
+def truncated_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    rank.write(rank.lines[:-1])
+    log.write()
+    return {"head": log.head}
+
+
+@vector(32, "the record of that number is not the one that was noted down")
+def replaced_head(home):
+    log = plain(home)
+    other = Log(home)
+    other.notes(5, "another history")
+    other.write()
+    return {"head": log.head}
+
+
+@vector(32, "a checkpoint that was kept stands for other records")
+def replaced_kept(home):
+    plain(home).keep()
+    other = Log(home)
+    other.notes(7, "another history")
+    other.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(32, "a note that was left beside it stands for other records")
+def replaced_note(home):
+    plain(home).store()
+    other = Log(home)
+    other.notes(7, "another history")
+    other.write()
+    return {}
+
+
+@vector(32, "state.json names another record of that number")
+def replaced_state(home):
+    log = plain(home)
+    (log.run_dir / "state.json").write_text(json.dumps({"stream": "controller", "seq": 3, "hash": digest("x")}))
+    log.write()
+    return {"head": log.head}
+
+
+@vector(32, "the other stream holds other records than the controller says")
+def replaced_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    other = Log(home, stream="rank-1")
+    other.notes(8, "another history")
+    other.write()
+    log.write()
+    return {"head": log.head}
+
+
+@vector(33, "a record of another run stands among ours")
+def splice_record(home):
+    theirs = plain(home, run="run-b").lines
+    return tampered(home, lambda lines: [*lines[:3], theirs[3], *lines[4:]])
+
+
+@vector(33, "the whole log is of another run than run.json says")
+def splice_run(home):
+    log = plain(home, run="run-b")
+    log.write()
+    return {"head": log.head}
+
+
+@vector(33, "a note is of another run")
+def splice_note(home):
+    log = plain(home)
+    log.store(plain(home, run="run-b").checkpoint())
+    log.write()
+    return {"head": log.head}
+
+
+@vector(33, "one stream was put in the place of another")
+def splice_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    (log.run_dir / "audit" / "rank-2").mkdir()
+    rank.folder = log.run_dir / "audit" / "rank-1"
+    other = plain(home, stream="rank-2")
+    other.folder.rmdir()
+    other.folder = rank.folder
+    other.write()
+    log.write()
+    return {"head": log.head}
+
+
+@vector(34, "there are two different records of one number")
+def fork_two_writers(home):
+    log, other = plain(home), plain(home)
+    other.notes(1, "written in a copy")
+    log.notes(1)
+    log.write([*log.lines, other.lines[-1]])
+    return {"head": log.head}
+
+
+@vector(34, "the epoch goes back")
+def fork_epoch(home):
+    log = Log(home)
+    log.epoch = 3
+    log.notes(2)
+    log.epoch = 1
+    log.notes(1)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(34, "a trusted key signed two histories, one of which was kept elsewhere")
+def fork_two_signed(home):
+    plain(home, key=KEY).keep()
+    other = Log(home, key=KEY)
+    other.notes(7, "another history")
+    other.store()
+    other.write()
+    return {"keys": [VKEY], "anchors": ["anchors.jsonl"]}
+
+
+@vector(34, "the other stream goes back behind where the controller said that it stood")
+def fork_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    early = {"seq": 2, "hash": json.loads(rank.lines[1])["hash"]}
+    log.commit(rank)
+    log.add("streams.committed", {"streams": {"rank-1": early}})
+    rank.write()
+    log.write()
+    return {"head": log.head}
+
+
+# -- 40 ----------------------------------------------------------------------------------------------------------------
+
+
+def told(home, *records, **options):
+    log = Log(home, **options)
+    for kind, body in records:
+        log.add(kind, body)
+    log.write()
+    return {"head": log.head}
+
+
+FREEZE = ("freeze.entered", {"freeze": "f1"})
+LEASE = ("update.leased", {"from": 1, "to": 8})
+APPLIED = ("update.applied", {"from": 1, "to": 8, "readings": {}})
+ALLOWED = ("promotion.decided", {"result": "allow", "weights": digest("w")})
+
+
+@vector(40, "a call that was denied came back")
+def protocol_denied_call(home):
+    return told(home, ("tool.decided", {"call": "c1", "result": "deny"}), ("tool.finished", {"call": "c1"}))
+
+
+@vector(40, "a call came back twice")
+def protocol_call_twice(home):
+    decided, done = ("tool.decided", {"call": "c1", "result": "allow"}), ("tool.finished", {"call": "c1"})
+    return told(home, decided, done, done)
+
+
+@vector(20, "an allowed call that never ended, and one that was said to be lost two starts later, are no findings")
+def unanchored_calls_that_died(home):
+    decided = [("tool.decided", {"call": call, "result": "allow"}) for call in ("c1", "c2")]
+    told(home, *decided, ("log.opened", {}), ("log.opened", {}), ("tool.lost", {"call": "c1"}))
+    return {}
+
+
+@vector(40, "updates were applied that no lease holds")
+def protocol_no_lease(home):
+    return told(home, LEASE, ("update.applied", {"from": 8, "to": 9, "readings": {}}))
+
+
+@vector(40, "a lease ends with a start")
+def protocol_lease_of_a_dead_process(home):
+    return told(home, LEASE, ("log.opened", {}), APPLIED)
+
+
+@vector(40, "a lease ends when it is settled")
+def protocol_lease_settled(home):
+    return told(home, LEASE, ("update.settled", {"from": 1, "to": 8}), APPLIED)
+
+
+@vector(40, "updates were applied while frozen, under a lease of its own")
+def protocol_updates_while_frozen(home):
+    return told(home, FREEZE, LEASE, APPLIED)
+
+
+@vector(40, "data were admitted while frozen")
+def protocol_data_while_frozen(home):
+    return told(home, FREEZE, ("data.admitted", {"admitted": 3}))
+
+
+@vector(40, "data were admitted while frozen; that the freeze has no name changes nothing")
+def protocol_data_while_frozen_without_a_name(home):
+    return told(home, ("freeze.entered", {"freeze": ""}), ("data.admitted", {"admitted": 3}))
+
+
+@vector(40, "a promotion was applied on a decision of before a freeze")
+def protocol_promotion_over_a_freeze(home):
+    resume = ("resume.applied", {"freeze": "f1", "by": "dana", "reason": "fine"})
+    return told(home, ALLOWED, FREEZE, resume, ("promotion.applied", {"actor": digest("w")}))
+
+
+@vector(40, "other weights were promoted than the decision allows")
+def protocol_other_weights(home):
+    return told(home, ALLOWED, ("promotion.applied", {"actor": digest("x")}))
+
+
+@vector(40, "a resume of another freeze than the one in force")
+def protocol_resume_of_another_freeze(home):
+    return told(home, FREEZE, ("resume.applied", {"freeze": "f2", "by": "dana", "reason": "fine"}))
+
+
+@vector(40, "a resume without a reason")
+def protocol_resume_without_a_reason(home):
+    return told(home, FREEZE, ("resume.applied", {"freeze": "f1", "by": "dana", "reason": ""}))
+
+
+@vector(40, "what it says of another stream is no head, and leads to no file outside")
+def protocol_commitment(home):
+    return told(home, ("streams.committed", {"streams": {"../../etc": {"seq": 1, "hash": "0" * 64}}}))
+
+
+# -- 41 ----------------------------------------------------------------------------------------------------------------
+
+
+class Person:
+    """Somebody with an Ed25519 key, on a security key where they `touch` it."""
+
+    def __init__(self, name, number, *, touch=False):
+        self.name, self.touch = name, touch
+        self.private = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
+        self.kind = b"sk-ssh-ed25519@openssh.com" if touch else b"ssh-ed25519"
+        application = (b"ssh:",) if touch else ()
+        self.blob = packed(self.kind, self.private.public_key().public_bytes_raw(), *application)
+        self.line = f"{self.kind.decode()} {base64.b64encode(self.blob).decode()} {name}@example"
+
+    def approval(self, statement, *, namespace=b"loopguard-approve@v1", touched=1):
+        message = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+        signed = b"SSHSIG" + packed(namespace, b"", b"sha512", hashlib.sha512(message).digest())
+        behind = b""
+        if self.touch:
+            behind = bytes([touched, 0, 0, 0, 7])
+            signed = hashlib.sha256(b"ssh:").digest() + behind + hashlib.sha256(signed).digest()
+        proper = packed(self.kind, self.private.sign(signed)) + behind
+        blob = b"SSHSIG\0\0\0\1" + packed(self.blob, namespace, b"", b"sha512", proper)
+        lines = textwrap.wrap(base64.b64encode(blob).decode(), 70)
+        armored = "\n".join(["-----BEGIN SSH SIGNATURE-----", *lines, "-----END SSH SIGNATURE-----", ""])
+        fingerprint = base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
+        return {"person": self.name, "key": f"SHA256:{fingerprint}", "signature": armored}
+
+
+def packed(*parts):
+    return b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+
+
+DANA, DANA_TOO, ELI, FAY = Person("dana", 1), Person("dana", 2), Person("eli", 3), Person("fay", 4, touch=True)
+STRANGER = Person("mallory", 5)
+OLD = Person("gus", 6)
+RULE = {
+    "approvals": 2,
+    "people": {
+        "dana": [DANA.line, f'valid-after="20290101Z",namespaces="git,loopguard-approve@v1" {DANA_TOO.line}'],
+        "eli": [ELI.line],
+        "fay": [FAY.line],
+        "gus": [f'valid-before="20291231235959Z" {OLD.line}'],
+    },
+    "requester_may_approve": False,
+    "within_s": 600,
+    "execute_within_s": 60,
+}
+
+
+class Frozen(Log):
+    """A run whose guard policy asks two people, frozen."""
+
+    def __init__(self, home, **rule):
+        super().__init__(home)
+        self.rule = RULE | rule
+        self.add("policy.loaded", {"name": "two", "digest": POLICY, "resume": self.rule})
+        self.add("note.added", {})
+        self.entered = self.add("freeze.entered", {"freeze": "f1"})
+        self.notes(1)
+
+    def ask(self, *, by="sam", request="r1", **changes):
+        """Somebody asks for a resume; gives what is to be signed."""
+        statement = {
+            "v": 1,
+            "run": "run-a",
+            "freeze": self.entered["body"]["freeze"],
+            "entered": self.entered["hash"],
+            "head_seq": self.seq,
+            "head_hash": self.hash,
+            "disposition": "rollback",
+            "target": "nothing",
+            "policy": POLICY,
+            "next_policy": POLICY,
+            "policy_change": "none",
+            "requester": by,
+            "reason": "bad shard 17 removed",
+            "not_before": stamp(self.now),
+            "expires": stamp(self.now + 600),
+            "nonce": "0" * 32,
+        } | changes
+        body = {"request": request, "by": by, "reason": statement["reason"], "freeze": statement["freeze"]}
+        self.add("resume.requested", body | {"statement": statement})
+        return statement
+
+    def resume(self, statement, approvals, **changes):
+        """Let it go on, by these approvals."""
+        for number, approval in enumerate(approvals):
+            self.add("approval.given", {"request": "r1", "approval": f"a{number}", "of": 2, **approval})
+        body = {"freeze": statement["freeze"], "by": statement["requester"], "reason": statement["reason"]}
+        body |= {"disposition": "rollback", "approval": "signed", "statement": statement, "approvals": approvals}
+        body |= {"judged": stamp(self.now + 1), "execute_before": None}
+        self.add("resume.applied", body | changes)
+
+    def end(self):
+        self.write()
+        return {"head": self.head}
+
+
+def approved(home, *people, rule=None, statement=None, **changes):
+    """A resume with the approvals of these people."""
+    log = Frozen(home, **rule or {})
+    signed = log.ask(**statement or {})
+    log.resume(signed, [person.approval(signed) for person in people], **changes)
+    return log.end()
+
+
+@vector(0, "two people approved, one of them with a security key that was touched")
+def ok_approved(home):
+    return approved(home, DANA, FAY)
+
+
+@vector(0, "a key with options counts in its time")
+def ok_approved_with_options(home):
+    return approved(home, DANA_TOO, ELI)
+
+
+@vector(0, "people agreed to a looser policy, which was then adopted")
+def ok_loosened(home):
+    log = Frozen(home)
+    adopt(log, agreed=True)
+    return log.end()
+
+
+def adopt(log, *, agreed, after=0):
+    looser = {"policy_change": "loosened", "next_policy": LOOSER} if agreed else {}
+    statement = log.ask(**looser)
+    log.resume(statement, [DANA.approval(statement), ELI.approval(statement)])
+    log.now += after
+    log.add("policy.adopted", {"from": POLICY, "to": LOOSER, "change": "loosened", "by": "sam", "reason": "x"})
+    log.add("policy.loaded", {"name": "one", "digest": LOOSER, "resume": log.rule | {"approvals": 1}})
+
+
+@vector(41, "nobody approved, where two people have to")
+def approval_none(home):
+    log = Frozen(home)
+    log.add("resume.applied", {"freeze": "f1", "by": "dana", "reason": "trust me", "approval": "none"})
+    return log.end()
+
+
+@vector(41, "one person approved, where two have to")
+def approval_too_few(home):
+    return approved(home, DANA)
+
+
+@vector(41, "one person approved with two keys")
+def approval_same_person(home):
+    return approved(home, DANA, DANA_TOO)
+
+
+@vector(41, "whoever asks approved as well")
+def approval_requester(home):
+    return approved(home, DANA, ELI, statement={"by": "eli"})
+
+
+@vector(0, "whoever asks may approve where the policy says so")
+def ok_requester_may_approve(home):
+    return approved(home, DANA, ELI, statement={"by": "eli"}, rule={"requester_may_approve": True})
+
+
+@vector(41, "one key is nobody's")
+def approval_stranger(home):
+    return approved(home, DANA, STRANGER)
+
+
+@vector(41, "one key did not count any more")
+def approval_key_expired(home):
+    return approved(home, DANA, OLD)
+
+
+@vector(41, "one signature is for another purpose")
+def approval_namespace(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.resume(statement, [DANA.approval(statement), ELI.approval(statement, namespace=b"git")])
+    return log.end()
+
+
+@vector(41, "a security key was not touched")
+def approval_untouched(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.resume(statement, [DANA.approval(statement), FAY.approval(statement, touched=0)])
+    return log.end()
+
+
+@vector(41, "they signed for another snapshot than the statement names")
+def approval_other_bytes(home):
+    log = Frozen(home)
+    statement = log.ask()
+    given = [person.approval(statement) for person in (DANA, ELI)]
+    log.resume(statement | {"target": digest("s")}, given)
+    return log.end()
+
+
+@vector(41, "the resume is in another name than its statement")
+def approval_other_name(home):
+    return approved(home, DANA, ELI, by="mallory")
+
+
+@vector(41, "it was judged before the records that led to it")
+def approval_judged_early(home):
+    return approved(home, DANA, ELI, judged=stamp(1))
+
+
+@vector(41, "its time was over")
+def approval_expired(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.now += 600
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "it gives itself more time than the policy does")
+def approval_too_long(home):
+    return approved(home, DANA, ELI, statement={"expires": stamp(10_000)})
+
+
+@vector(41, "it was made from another log")
+def approval_other_head(home):
+    return approved(home, DANA, ELI, statement={"head_hash": digest("x")})
+
+
+@vector(41, "it is about another policy than the one in force")
+def approval_other_policy(home):
+    return approved(home, DANA, ELI, statement={"policy": LOOSER, "next_policy": LOOSER})
+
+
+@vector(41, "nobody asked for it in this log")
+def approval_not_asked(home):
+    log = Frozen(home)
+    statement = log.ask()
+    statement |= {"reason": "another reason"}
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "the request was refused before")
+def approval_refused(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.add("approval.refused", {"request": "r1", "approval": None, "code": "target"})
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "somebody asked for a freeze in between")
+def approval_new_trip(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.add("freeze.requested", {"by": "eli", "reason": "no", "request": "r2", "freeze": None})
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "the clock went back by more than a second while it waited")
+def approval_clock(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.now -= 5
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)], judged=stamp(log.now + 9))
+    return log.end()
+
+
+@vector(41, "the nonce was used for the freeze before")
+def approval_replayed(home):
+    log = Frozen(home)
+    for freeze in ("f1", "f2"):
+        statement = log.ask()
+        log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+        if freeze == "f1":
+            log.entered = log.add("freeze.entered", {"freeze": "f2"})
+    return log.end()
+
+
+@vector(41, "a policy has another rule about resumes than before under the same digest")
+def approval_rule_changed(home):
+    log = Frozen(home)
+    log.add("policy.loaded", {"name": "two", "digest": POLICY, "resume": RULE | {"approvals": 1}})
+    return log.end()
+
+
+@vector(41, "a rule that cannot be read is one that nobody satisfies")
+def approval_rule_unreadable(home):
+    return approved(home, DANA, ELI, rule={"approvals": "two"})
+
+
+@vector(41, "the policy became another one, and nobody adopted it")
+def approval_not_adopted(home):
+    log = Frozen(home)
+    log.add("policy.loaded", {"name": "two", "digest": LOOSER, "resume": RULE})
+    return log.end()
+
+
+@vector(41, "a policy was adopted as a tightened one, and asks for less")
+def approval_asks_less(home):
+    log = Frozen(home)
+    log.add("policy.adopted", {"from": POLICY, "to": LOOSER, "change": "tightened"})
+    log.add("policy.loaded", {"name": "none", "digest": LOOSER})
+    return log.end()
+
+
+@vector(41, "a looser policy was adopted, and people agreed to a resume and not to that")
+def approval_loosened(home):
+    log = Frozen(home)
+    adopt(log, agreed=False)
+    return log.end()
+
+
+@vector(41, "people agreed to a looser policy, and it was adopted too late")
+def approval_loosened_late(home):
+    log = Frozen(home)
+    adopt(log, agreed=True, after=100)
+    return log.end()
+
+
+@vector(41, "the run was started later than people had agreed to, and went on")
+def approval_started_late(home):
+    log = Frozen(home)
+    statement = log.ask()
+    approvals = [person.approval(statement) for person in (DANA, ELI)]
+    log.resume(statement, approvals, execute_before=stamp(log.now + 60))
+    log.now += 100
+    log.add("run.started", {"goes_on": True})
+    log.add("cycle.started", {})
+    return log.end()
+
+
+# -- 42, 50 and 2 ------------------------------------------------------------------------------------------------------
+
+
+@vector(42, "there is no log")
+def missing_log(home):
+    (home / "run").mkdir()
+    (home / "run" / "run.json").write_text('{"id": "run-a"}')
+    return {}
+
+
+@vector(42, "there is a segment, and no record in it")
+def missing_records(home):
+    Log(home).write([])
+    return {}
+
+
+@vector(42, "the policy that the records were decided under is not there")
+def missing_policy(home):
+    log = plain(home)
+    (log.run_dir / "policy" / f"{POLICY}.yaml").unlink()
+    log.write()
+    return {"head": log.head}
+
+
+@vector(42, "a policy is not named by a digest, and leads to no file outside")
+def missing_policy_digest(home):
+    log = plain(home, policy="../../run")
+    log.write()
+    return {"head": log.head}
+
+
+@vector(42, "a stream is gone that the controller committed to")
+def missing_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    rank.folder.rmdir()
+    log.commit(rank)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(50, "a record is of a later format")
+def unreadable_format(home):
+    return tampered(home, lambda lines: [*lines[:2], hashed(lines[2], v=2), *lines[3:]])
+
+
+@vector(50, "what should be a segment is a folder")
+def unreadable_segment(home):
+    folder = Log(home).folder / "seg-000000000001.jsonl"
+    folder.mkdir()
+    (folder / "empty").write_text("")
+    return {}
+
+
+@vector(50, "unreadable wins over a break")
+def unreadable_behind_a_break(home):
+    return tampered(home, lambda lines: [lines[0], *lines[2:4], hashed(lines[4], v=2)])
+
+
+@vector(30, "of two streams with a break, the controller's names the class")
+def tamper_in_both_streams(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    rank.write(rank.lines[:-1])
+    log.write([*log.lines[:2], *log.lines[3:]])
+    return {"head": log.head}
+
+
+@vector(2, "the head is none")
+def usage_head(home):
+    plain(home).write()
+    return {"head": "latest"}
+
+
+@vector(2, "the key is none")
+def usage_key(home):
+    plain(home).write()
+    return {"keys": [VKEY[:-3]]}
+
+
+@vector(2, "what was kept is of another run")
+def usage_anchor_of_another_run(home):
+    plain(home, run="run-b").keep()
+    plain(home).write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(2, "a kept checkpoint was cut")
+def usage_cut_anchor(home):
+    log = plain(home)
+    log.keep(log.checkpoint()[:-3])
+    log.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(2, "what lies beside the log proves nothing about it")
+def usage_anchor_beside_the_log(home):
+    log = plain(home)
+    log.store()
+    log.write()
+    return {"anchors": ["run/audit/controller/checkpoints"]}
+
+
+def make(folder):
+    """Write all vectors into a folder that is empty or holds earlier ones."""
+    shutil.rmtree(folder, ignore_errors=True)
+    index = []
+    for name, (code, says, build) in VECTORS.items():
+        (folder / name).mkdir(parents=True)
+        index.append({"name": name, "code": code, "says": says, **build(folder / name)})
+    (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else HOME)

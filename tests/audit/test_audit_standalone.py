@@ -1,0 +1,211 @@
+"""The verifier that stands alone, and the one of the package: every vector, every attack, one code."""
+
+from __future__ import annotations
+
+import ast
+import filecmp
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import make_vectors
+import pytest
+import test_audit_attacks as attacks
+import test_audit_verify as forgeries
+from audit_stories import frozen_twice, open_log
+
+from loopguard.audit import read, standalone
+from loopguard.audit.anchors import Anchor
+from loopguard.audit.verify import STATUS, verify
+from loopguard.errors import UsageError
+
+VECTORS = json.loads((make_vectors.HOME / "index.json").read_text())
+FILE = Path(standalone.__file__)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_writer():
+    """Nobody writes here, so that there is nobody to wait for at a cut line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(read, "_WRITER_GRACE_S", 0)
+        yield
+
+
+def ours(run_dir, **options):
+    """The code of the package's verifier; 2 for what it takes no more from its reader."""
+    try:
+        return verify(run_dir, **options).code
+    except UsageError:
+        return 2
+
+
+def alone(run_dir, *, expect_head=None, keys=(), anchors=()):
+    """The code of the one that stands alone, through its command line."""
+    words = [str(run_dir), *(["--expect-head", expect_head] if expect_head is not None else [])]
+    words += [word for key in keys for word in ("--key", str(key))]
+    words += [word for place in anchors for word in ("--anchors", str(place))]
+    return standalone.main(words)
+
+
+def both(run_dir, **options):
+    """What `verify` gives, once the other one has given the same code."""
+    if options.get("stream") is None:
+        assert alone(run_dir, **options) == ours(run_dir, **options)
+    return verify(run_dir, **options)
+
+
+@pytest.fixture
+def _both(monkeypatch):
+    for module in (attacks, forgeries):
+        monkeypatch.setattr(module, "verify", both)
+
+
+class TestVectors:
+    """Small logs as files, for whoever writes a verifier: each has one code."""
+
+    def options(self, vector):
+        home = make_vectors.HOME / vector["name"]
+        anchors = [home / place for place in vector.get("anchors", ())]
+        return {"expect_head": vector.get("head"), "keys": vector.get("keys", ()), "anchors": anchors}
+
+    @pytest.mark.parametrize("vector", VECTORS, ids=[vector["name"] for vector in VECTORS])
+    def test_both_verifiers_give_the_code_of_the_vector(self, vector):
+        run_dir, options = make_vectors.HOME / vector["name"] / "run", self.options(vector)
+        assert (ours(run_dir, **options), alone(run_dir, **options)) == (vector["code"], vector["code"]), vector["says"]
+
+    def test_every_class_has_vectors(self):
+        assert {vector["code"] for vector in VECTORS} == {*STATUS, 2}
+
+    def test_each_is_named_for_its_class(self):
+        names = STATUS | {2: "usage"}
+        assert {v["name"] for v in VECTORS if v["name"].partition("-")[0] != names[v["code"]]} == set()
+
+    def test_they_are_what_the_script_makes(self, tmp_path):
+        """The same bytes, each time."""
+        make_vectors.make(tmp_path / "vectors")
+        assert differences(filecmp.dircmp(tmp_path / "vectors", make_vectors.HOME)) == []
+
+
+def differences(found: filecmp.dircmp) -> list[str]:
+    """Every file that is only in one of two folders, or differs in its bytes."""
+    _, wrong, unread = filecmp.cmpfiles(found.left, found.right, found.common_files, shallow=False)
+    below = [name for folder in found.subdirs.values() for name in differences(folder)]
+    return [*found.left_only, *found.right_only, *wrong, *unread, *below]
+
+
+# Every attack and every forgery once more, with both verifiers: each call of `verify` in them compares the codes.
+
+story = attacks.story
+
+
+@pytest.mark.usefixtures("_both")
+class TestUntouched(attacks.TestUntouched):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestEdits(attacks.TestEdits):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestCuts(attacks.TestCuts):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestRewrites(attacks.TestRewrites):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestKeysInForce(attacks.TestKeysInForce):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestAnchorsOfOthers(attacks.TestAnchorsOfOthers):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestOtherStreams(attacks.TestOtherStreams):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestForgery(forgeries.TestForgery):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestProtocol(forgeries.TestProtocol):
+    pass
+
+
+@pytest.mark.usefixtures("_both")
+class TestSurroundings(forgeries.TestSurroundings):
+    pass
+
+
+class TestAlone:
+    """As an auditor runs it: one file, in an empty folder, that imports nothing of ours."""
+
+    def run(self, tmp_path, *words):
+        (tmp_path / "alone").mkdir()
+        shutil.copy(FILE, tmp_path / "alone" / "standalone.py")
+        # Isolated (-I): neither this folder nor what is installed for development is on the path, but cryptography is.
+        command = [sys.executable, "-I", "standalone.py", *map(str, words)]
+        return subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, check=False)
+
+    def test_it_needs_the_standard_library_and_cryptography(self):
+        imported = {name.partition(".")[0] for name in imports(ast.parse(FILE.read_text()))}
+        assert imported - sys.stdlib_module_names == {"cryptography"}
+
+    def test_a_copy_of_the_file_says_what_it_found_and_exits_with_the_code(self, tmp_path):
+        (vector,) = [vector for vector in VECTORS if vector["name"] == "ok-signed-and-kept"]
+        home = make_vectors.HOME / vector["name"]
+        done = self.run(tmp_path, home / "run", "--key", *vector["keys"], "--anchors", home / "anchors.jsonl")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[:2] == ["OK (0)", f"trusted key: {make_vectors.VKEY}"]
+
+    def test_json_names_the_finding_and_the_head(self, tmp_path):
+        done = self.run(tmp_path, make_vectors.HOME / "protocol-denied-call" / "run", "--json")
+        found = json.loads(done.stdout)
+        assert (done.returncode, found["code"], found["status"]) == (40, 40, "protocol")
+        assert "call c1 ended, and no decision allowed it" in found["findings"][0]
+        assert found["streams"]["controller"]["head"].startswith("3:")
+
+    def test_bad_usage_is_2_and_says_why(self, tmp_path):
+        done = self.run(tmp_path, make_vectors.HOME / "usage-head" / "run", "--expect-head", "latest")
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "is not SEQ:HASH or HASH" in done.stderr
+
+    def test_text_of_strangers_is_escaped(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            log.append("tool.finished", {"call": "\x1b[31m\u202e"})
+        done = self.run(tmp_path, tmp_path / "run")
+        assert "\\u001b[31m\\u202e" in done.stdout
+
+    def test_anchors_in_a_repository(self, tmp_path):
+        place = tmp_path / "anchors"
+        subprocess.run(["git", "init", "-q", place], check=True)
+        with open_log(tmp_path / "run", anchors=[Anchor(kind="git", place=str(place))]) as log:
+            log.append("note.added")
+        assert (ours(tmp_path / "run", anchors=[place]), alone(tmp_path / "run", anchors=[place])) == (0, 0)
+
+    def test_it_writes_nothing(self, tmp_path):
+        frozen_twice(tmp_path / "run", updates=16, calls=4)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+        assert alone(tmp_path / "run") == 20
+        assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
