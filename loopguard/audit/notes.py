@@ -78,6 +78,13 @@ class Note:
             raise BadNoteError("has an empty line and no signature behind it")
         return cls(_checkpoint(text), tuple(_signature(line) for line in _lines(rest)[:_MOST_SIGNATURES]))
 
+    def text(self) -> str:
+        """The whole note, with its signatures, as it was parsed."""
+        lines = (
+            f"{_DASH} {name} {base64.b64encode(key + made).decode('ascii')}\n" for name, key, made in self.signatures
+        )
+        return self.checkpoint.text() + (f"\n{''.join(lines)}" if self.signatures else "")
+
     def signer(self, keys: Iterable[VerifierKey]) -> VerifierKey | None:
         """The first of these keys that signed it; None where none did.
 

@@ -8,9 +8,10 @@ us, HTML by jinja2.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import os
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -33,6 +34,8 @@ MOST_POINTS = 2000
 _MOST_CURVES = 8
 _MOST_EXAMPLES = 12
 _MOST_FORESEEN = 50
+_MOST_CHECKPOINTS = 12
+_MOST_ROLLBACKS = 40
 _CODE_CHARS = 120
 
 _CHART = (960.0, 200.0)
@@ -41,25 +44,38 @@ _SMALL = (250.0, 112.0)
 Point = tuple[float, float]
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(
+    run_dir: Path, *, keys: Sequence[str] = (), anchors: Sequence[Path] = (), expect_head: str | None = None
+) -> Path:
     """Verify the log, read it, and write `report.html` into the run directory. Gives its path.
 
-    A log that was altered gives a report too: up to the damage, and with the damage on top. UsageError where there is
-    no log.
+    `keys`, `anchors` and `expect_head` are what `verify` trusts. A log that was altered gives a report too: up to the
+    damage, and with the damage on top. UsageError where there is no log, or for keys and anchors that are none.
     """
     path = Path(run_dir) / "report.html"
     partial = path.with_name(".report.html")
-    partial.write_text(render(Path(run_dir)), encoding="utf-8")
+    page = render(Path(run_dir), keys=keys, anchors=anchors, expect_head=expect_head)
+    partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)  # noqa: PTH105 - the one call whose name says that a reader never sees half of it
     return path
 
 
-def render(run_dir: Path) -> str:
-    """The report as text."""
+def render(
+    run_dir: Path, *, keys: Sequence[str] = (), anchors: Sequence[Path] = (), expect_head: str | None = None
+) -> str:
+    """The report as text; `keys`, `anchors` and `expect_head` are what `verify` trusts."""
     told = _Told()
     cut = told.read(read.entries(run_dir))
+    verified = verify(run_dir, keys=keys, anchors=anchors, expect_head=expect_head)
     template = _environment().get_template("report.html.j2")
-    return template.render(view=_View(told, verify(run_dir), run_dir, cut))
+    return template.render(view=_View(told, verified, run_dir, cut))
+
+
+@functools.cache
+def clauses() -> list[Mapping[str, str]]:
+    """The clause map: which records may serve as evidence for which clause, each with a version and a date."""
+    found: list[Mapping[str, str]] = json.loads(Path(__file__).with_name("clauses.json").read_bytes())["clauses"]
+    return found
 
 
 @functools.cache
@@ -73,6 +89,7 @@ def _environment() -> jinja2.Environment:
         finalize=_shown,
     )
     environment.filters |= {"amount": query.amount, "short": query.short, "when": query.when}
+    environment.filters["sentence"] = _sentence
     return environment
 
 
@@ -81,6 +98,11 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str) and not hasattr(value, "__html__"):
         return printable(value)
     return value
+
+
+def _sentence(text: str) -> str:
+    """Text with a capital letter at its beginning."""
+    return text[:1].upper() + text[1:]
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -112,6 +134,16 @@ class _Example:
     cycle: int | None = None
 
 
+@dataclass(slots=True)
+class _Tool:
+    """How the calls of one tool ended."""
+
+    allowed: int = 0
+    refused: int = 0
+    contained: int = 0
+    lost: int = 0
+
+
 class _Told:
     """The story of a run and what the charts need beside it."""
 
@@ -127,8 +159,16 @@ class _Told:
         """Where it would have frozen then: what the log says of each."""
         self.examples: dict[str, _Example] = {}
         self.people: list[Entry] = []
+        self.promotions: list[tuple[float, str]] = []
+        """Where the actor changed, and how."""
+        self.rollbacks: list[Entry] = []
+        self.checkpoints: deque[Entry] = deque(maxlen=_MOST_CHECKPOINTS)
+        """The last ones that the framework saved or loaded: a trainer saves hundreds."""
+        self.all_checkpoints = 0
+        self.tools: defaultdict[str, _Tool] = defaultdict(_Tool)
         self._update = 0
-        self._codes: dict[str, str] = {}
+        self._codes: dict[str, tuple[str, str]] = {}
+        """Tool and code of the calls under way."""
 
     def read(self, entries: Iterable[Entry]) -> str:
         """Take in all records; where one was altered, stop there and say so."""
@@ -162,8 +202,15 @@ class _Told:
                 self.panels.append((entry.cycle or 0, query.panel_of(body), body.get("result") == "allow"))
             case "promotion.applied":
                 self._settle(kept=True)
-            case "snapshot.restored" | "update.settled":
-                self._settle(kept=False)
+                self.promotions.append((self._update, f"cycle {entry.cycle} was promoted"))
+            case "promotion.rolled_back":
+                self.promotions.append((self._update, f"{body.get('by')} went back to cycle {body.get('cycle')}"))
+                self.rollbacks.append(entry)
+            case "checkpoint.saved" | "checkpoint.loaded":
+                self.checkpoints.append(entry)
+                self.all_checkpoints += 1
+            case "snapshot.restored" | "update.settled" | "promotion.settled":
+                self._restored(entry)
             case "freeze.entered":
                 at = number(body.get("update"))
                 self.freezes.append((self._update if at is None else at, self.story.freezes[-1]))
@@ -173,6 +220,11 @@ class _Told:
                 self.people.append(entry)
             case _:
                 pass  # the story has it
+
+    def _restored(self, entry: Entry) -> None:
+        self.rollbacks.append(entry)
+        if entry.type != "promotion.settled":
+            self._settle(kept=False)
 
     def _settle(self, *, kept: bool) -> None:
         for curve in self.curves.values():
@@ -193,18 +245,25 @@ class _Told:
     def _call(self, entry: Entry) -> None:
         body = entry.body
         call = str(body.get("call"))
-        if entry.type == "tool.decided" and body.get("result") == "allow":
-            self._codes[call] = str(body.get("code_head", ""))
-            return
-        code = str(body.get("code_head", "")) or self._codes.pop(call, "")
         if entry.type == "tool.decided":
+            tool, code = str(body.get("tool")), str(body.get("code_head", ""))
+            if body.get("result") == "allow":
+                self.tools[tool].allowed += 1
+                self._codes[call] = tool, code
+                return
+            self.tools[tool].refused += 1
             how = f"refused by {body.get('rule')}: {body.get('reason')}"
-        elif entry.type == "tool.lost":
-            how = f"lost: {body.get('reason')}"
-        elif str(body.get("status")) in CONTAINED:
-            how = f"contained: {body.get('status')}"
         else:
-            return
+            tool, code = self._codes.pop(call, ("unknown", ""))
+            status = str(body.get("status"))
+            if entry.type == "tool.lost":
+                self.tools[tool].lost += 1
+                how = f"lost: {body.get('reason')}"
+            elif status in CONTAINED:
+                self.tools[tool].contained += 1
+                how = f"contained: {status}"
+            else:
+                return
         example = self.examples.setdefault(how, _Example(how, code=code[:_CODE_CHARS], cycle=entry.cycle))
         example.count += 1
 
@@ -302,6 +361,7 @@ class Chart:
     ranges: tuple[Mark, ...]
     freezes: tuple[Mark, ...]
     cycles: tuple[Mark, ...]
+    promotions: tuple[Mark, ...]
     x_ticks: tuple[Mark, ...]
     y_ticks: tuple[Mark, ...]
 
@@ -330,6 +390,7 @@ def _curve_chart(name: str, curve: _Curve, told: _Told) -> Chart:
             *_foreseen_marks(frame, name, told.foreseen),
         ),
         cycles=tuple(_cycle_marks(frame, told.starts)),
+        promotions=tuple(_promotion_marks(frame, told.promotions)),
         x_ticks=tuple(Mark(frame.x(x), frame.bottom, f"{x:,.0f}") for x in ticks(frame.low_x, frame.high_x, most=8)),
         y_ticks=tuple(Mark(frame.left, frame.y(y), f"{y:.4g}") for y in ticks(low, high, most=6)),
     )
@@ -400,6 +461,15 @@ def _cycle_marks(frame: _Frame, starts: Sequence[tuple[float, int]]) -> Iterator
             shown = x
 
 
+def _promotion_marks(frame: _Frame, promotions: Sequence[tuple[float, str]]) -> Iterator[Mark]:
+    shown = -math.inf
+    for at, text in promotions:
+        x = frame.x(min(max(at, frame.low_x), frame.high_x))
+        if x - shown >= 6:
+            yield Mark(x, frame.bottom, text)
+            shown = x
+
+
 def _panel_chart(name: str, told: _Told) -> Chart:
     width, height = _SMALL
     points = [(cycle, panel[name], ok) for cycle, panel, ok in told.panels if name in panel]
@@ -424,6 +494,7 @@ def _panel_chart(name: str, told: _Told) -> Chart:
         ranges=(),
         freezes=(),
         cycles=(),
+        promotions=(),
         x_ticks=tuple(
             Mark(frame.x(x), frame.bottom, f"{x:g}") for x in ticks(frame.low_x, frame.high_x) if x == int(x)
         ),
@@ -441,9 +512,10 @@ class _View:
         self.told = told
         self.story = told.story
         self.verification = verification
-        self.findings = [_without(run_dir, text) for text in verification.findings]
-        self.notes = [_without(run_dir, text) for text in verification.notes]
-        self.cut = _without(run_dir, cut)
+        self._run_dir = run_dir
+        self.findings = [without(run_dir, text) for text in verification.findings]
+        self.notes = [without(run_dir, text) for text in verification.notes]
+        self.cut = without(run_dir, cut)
         self.mood = _mood(verification.code)
         # Beside the log on purpose: a latch that nobody acknowledged yet freezes too.
         self.latched = (run_dir / "latch").exists() and self.story.frozen is None
@@ -509,9 +581,53 @@ class _View:
             ("before it", query.before_told(freeze)),
             ("weights", query.weights_told(freeze)),
             ("actor", query.actor_told(freeze)),
-            ("evidence", str(freeze.body.get("capsule") or "")),
+            ("evidence", self._evidence(freeze)),
+            ("frozen for", self._frozen_for(freeze)),
+            ("went on" if freeze.resumed else "goes back", query.back_told(freeze).removeprefix("a resume goes on ")),
+            ("approvals", self._approved(freeze)),
         ]
         return [(label, text) for label, text in rows if text]
+
+    def _evidence(self, freeze: query.Freeze) -> str:
+        capsule, trouble = freeze.body.get("capsule"), freeze.body.get("capsule_trouble")
+        told = f"capsule {capsule}, to be replayed with loopguard reproduce" if capsule else ""
+        return told or (f"no capsule: {trouble}" if trouble else "")
+
+    def _frozen_for(self, freeze: query.Freeze) -> str:
+        if freeze.resumed:
+            return query.duration(freeze.entered.ts, freeze.resumed.ts)
+        last = self.story.last
+        return f"{query.duration(freeze.entered.ts, last.ts)} when the log ends, and not resumed" if last else ""
+
+    def _approved(self, freeze: query.Freeze) -> str:
+        """Who signed a resume and with which keys; before it, who has to."""
+        if freeze.resumed is None:
+            return f"nobody yet: {query.who_told(self.story.book)}"
+        given = freeze.resumed.body.get("approvals")
+        signed = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+        names = [f"{each.get('person')} (key {each.get('key')})" for each in signed]
+        return " and ".join(names) or "no approvals: one name and a reason were enough"
+
+    @property
+    def clauses(self) -> list[Mapping[str, str]]:
+        """The clause map, as it came with this version."""
+        return clauses()
+
+    @property
+    def trusted(self) -> list[tuple[str, list[str]]]:
+        """What the verification rests on, by kind; nothing where nothing was given."""
+        anchors = [without(self._run_dir, anchor) for anchor in self.verification.anchors]
+        return [("keys trusted", self.verification.keys), ("anchors trusted", anchors)]
+
+    @property
+    def rollbacks(self) -> list[tuple[Entry, str, str]]:
+        """(record, to what, why) of each time that weights went back, the newest first."""
+        return [_rollback(entry) for entry in reversed(self.told.rollbacks[-_MOST_ROLLBACKS:])]
+
+    @property
+    def tools(self) -> list[tuple[str, _Tool]]:
+        """By name; a tool that was only ever refused is among them."""
+        return sorted(self.told.tools.items())
 
     @property
     def statuses(self) -> list[str]:
@@ -560,6 +676,26 @@ class _View:
         return who, did, str(body.get("reason") or body.get("text") or "")
 
 
+def _rollback(entry: Entry) -> tuple[Entry, str, str]:
+    body = entry.body
+    match entry.type:
+        case "promotion.rolled_back":
+            back = f"snapshot {query.short(body.get('to'))} of cycle {body.get('cycle')}"
+            return entry, back, f"{body.get('by')}: {body.get('reason')}"
+        case "update.settled":
+            span = f"updates {body.get('from')}-{body.get('to')} were permitted, and a crash left no record of them"
+            return entry, f"snapshot {query.short(body.get('restored'))}", span
+        case "promotion.settled":
+            done = "completed" if body.get("applied") else "undone"
+            return (
+                entry,
+                f"snapshot {query.short(body.get('snapshot'))}",
+                f"a promotion that a crash had cut was {done}",
+            )
+        case _:
+            return entry, f"snapshot {query.short(body.get('snapshot'))}", str(body.get("because"))
+
+
 def _by_count(item: tuple[str, int]) -> tuple[int, str]:
     return -item[1], item[0]
 
@@ -588,6 +724,6 @@ def _mood(code: int) -> str:
     return "warn" if code in {WARN, UNANCHORED} else "bad"
 
 
-def _without(run_dir: Path, text: str) -> str:
+def without(run_dir: Path, text: str) -> str:
     """A finding without the place of the folder, so that a copy gives the same report."""
     return text.replace(f"{run_dir}/", "")

@@ -27,6 +27,14 @@ Keys = Annotated[
     list[str] | None, typer.Option("--key", metavar="VKEY", help="A public key that is trusted, or a file with it.")
 ]
 
+Anchors = Annotated[
+    list[Path] | None,
+    typer.Option("--anchors", metavar="PLACE", help="A file, folder or repository with kept checkpoints."),
+]
+ExpectHead = Annotated[
+    str | None, typer.Option("--expect-head", metavar="HASH", help="A head noted earlier, SEQ:HASH or HASH.")
+]
+
 _MOST = 8
 """Kinds of one thing in a line of `stats`; --json has all of them."""
 
@@ -186,14 +194,9 @@ def stats(run_dir: RunDir, as_json: AsJson = False) -> None:
 @app.command()
 def verify(
     run_dir: RunDir,
-    expect_head: Annotated[
-        str | None, typer.Option("--expect-head", metavar="HASH", help="A head noted earlier, SEQ:HASH or HASH.")
-    ] = None,
+    expect_head: ExpectHead = None,
     key: Keys = None,
-    anchors: Annotated[
-        list[Path] | None,
-        typer.Option("--anchors", metavar="PLACE", help="A file, folder or repository with kept checkpoints."),
-    ] = None,
+    anchors: Anchors = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that nobody changed the log of a run, in any stream, and that nothing happened that was not allowed.
@@ -293,16 +296,43 @@ def export(
 
 
 @app.command()
-def report(run_dir: RunDir) -> None:
-    """Write report.html into the run directory: curves, cycles, and a card for each freeze, in one file.
+def report(run_dir: RunDir, expect_head: ExpectHead = None, key: Keys = None, anchors: Anchors = None) -> None:
+    """Write report.html into the run directory: the check, curves, cycles, and a card for each freeze, in one file.
 
-    loopguard audit report runs/toolformer
+    loopguard audit report runs/toolformer --key gpu7.vkey --anchors /mnt/other/anchors.jsonl
 
-    Exit codes: 0 written, 2 no log there.
+    What is trusted stands on top of the page, also where nothing is.
+
+    Exit codes: 0 written, 2 no log there, or a key or an anchor that is none.
     """
     from loopguard.audit.report import write_report
 
-    print(write_report(run_dir))
+    print(write_report(run_dir, keys=key or (), anchors=anchors or (), expect_head=expect_head))
+
+
+@app.command()
+def bundle(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE.tar.gz", help="The file, outside of the run directory.")],
+    expect_head: ExpectHead = None,
+    key: Keys = None,
+    anchors: Anchors = None,
+) -> None:
+    """Pack what an auditor needs who has nothing of ours: log, guard policies, keys, anchors, report, a verifier.
+
+    loopguard audit bundle runs/toolformer --out calc.tar.gz --key gpu7.vkey --anchors /mnt/other/anchors.jsonl
+
+    A README in it says how to check it. Quarantined records, snapshots and capsules stay where they are.
+
+    Exit codes: 0 packed, also where the log does not verify: the check is printed; 2 no log there, or no such place.
+    """
+    from loopguard.audit.bundle import bundle as pack
+
+    packed = pack(run_dir, out=out, keys=key or (), anchors=anchors or (), expect_head=expect_head)
+    found = packed.verification
+    if packed.living:
+        print(f"{run_dir} is being written: the bundle holds it up to now", file=sys.stderr)
+    print(f"{out}: {len(packed.names):,} files; {found.status} ({found.code}): {found.summary}")
 
 
 def _types(wanted: str | None) -> list[str] | None:

@@ -16,7 +16,7 @@ from loopguard.audit import read
 from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
-COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen", "export"]
+COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen", "export", "bundle"]
 
 
 @pytest.fixture(scope="module")

@@ -7,13 +7,16 @@ import math
 import random
 import re
 import shutil
+from datetime import date
 from xml.etree import ElementTree
 
 import pytest
 from audit_stories import HOSTILE, Loop, finished, frozen_twice, open_log, plain_log
+from typer.testing import CliRunner
 
-from loopguard.audit import read
-from loopguard.audit.report import render, thin, ticks, write_report
+from loopguard.audit import keys, read
+from loopguard.audit.report import clauses, render, thin, ticks, write_report
+from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
 
@@ -72,6 +75,8 @@ class TestOneFile:
         assert "http://" not in page.replace("http-equiv", "")
         assert "https://" not in page
         assert "url(" not in page
+        assert "@import" not in page
+        assert "//" not in re.sub(r"runs?//", "", page)
         assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
     def test_the_same_log_gives_the_same_bytes_wherever_it_lies(self, story, page, tmp_path):
@@ -130,6 +135,67 @@ class TestContent:
         assert not of_class(named(page, "loss"), "range")
         assert "loss nan, expected at least 0" in Seen(page).text
 
+    def test_promotions_stand_on_the_curves(self, page):
+        """One mark for each time that the actor changed."""
+        for name in ("loss", "grad_norm"):
+            marks = of_class(named(page, name), "promotion")
+            assert [mark[0].text for mark in marks] == [f"cycle {cycle} was promoted" for cycle in range(6)]
+        assert not of_class(named(page, "correct"), "promotion")
+
+    def test_a_card_has_margin_duration_and_approvals(self, page):
+        text = Seen(page).text
+        for part in (
+            *(
+                "expected 1.2 to 2.03 (score 11.3), 1.196 too low",
+                "correct 0.9352, expected 0.1 to 0.7352, 0.2 too high",
+            ),
+            *("frozen for 32 min", "no approvals: one name and a reason were enough"),
+            *("0 s when the log ends, and not resumed", "nobody yet: anybody with a name and a reason"),
+            *("went on from what was promoted in cycle 4", "capsule freezes/f2, to be replayed"),
+        ):
+            assert part in text
+
+    def test_signed_resumes_name_people_and_keys(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            log.append("freeze.entered", {"freeze": "f1", "gate": "data", "rule": "x", "reason": "y"})
+            signed = [{"person": name, "key": f"SHA256:{name}"} for name in ("dana", "eli")]
+            body = {"freeze": "f1", "by": "sam", "reason": "fine", "disposition": "rollback", "approvals": signed}
+            log.append("resume.applied", body)
+        assert "dana (key SHA256:dana) and eli (key SHA256:eli)" in Seen(render(tmp_path / "run")).text
+
+    def test_roll_backs_tools_and_checkpoints_have_tables(self, tmp_path):
+        """Weights that went back, tools that were only refused, and what the framework saved."""
+        with open_log(tmp_path / "run") as log:
+            body = {"call": "c1", "result": "deny", "rule": "x", "reason": "y"}
+            log.append("tool.decided", {**body, "tool": "sh"})
+            log.append("tool.decided", {**body, "tool": "python", "result": "allow"})
+            log.append("tool.finished", {"call": "c1", "status": "timeout"})
+            log.append(
+                "promotion.rolled_back", {"from": "a", "to": "b" * 64, "cycle": 3, "by": "dana", "reason": "bad"}
+            )
+            log.append("update.settled", {"from": 7, "to": 9, "restored": "c" * 64})
+            log.append("promotion.settled", {"snapshot": "d" * 64, "applied": False})
+            for update in range(1, 31):
+                log.append("checkpoint.saved", {"checkpoint": f"out/checkpoint-{update}", "update": update})
+            log.append("checkpoint.loaded", {"checkpoint": "out/checkpoint-30", "update": 30, "weights": "e" * 64})
+        text = Seen(render(tmp_path / "run")).text
+        for part in (
+            *("python 1 0 1 0", "sh 0 1 0 0", "snapshot bbbbbbbbbbbb of cycle 3 dana: bad"),
+            *("updates 7-9 were permitted, and a crash left no record of them", "that a crash had cut was undone"),
+            *("the last 12 of 31", "saved 30", "loaded 30 eeeeeeeeeeee out/checkpoint-30"),
+        ):
+            assert part in text
+        assert "out/checkpoint-19 " not in text
+
+    def test_says_what_was_trusted_or_that_nothing_was(self, story, tmp_path):
+        assert "keys trusted none anchors trusted none" in Seen(render(story)).text
+        head = str(read.last(story).seq) + ":" + read.last(story).hash
+        text = Seen(render(story, expect_head=head)).text
+        assert "Verification: ok (0)" in text
+        assert "keys trusted none anchors trusted none" not in text
+        key = keys.SigningKey.made("gpu7").public
+        assert f"keys trusted {key} anchors trusted none" in Seen(render(story, keys=[str(key)])).text
+
     def test_panels_show_what_was_not_promoted(self, page):
         dots = of_class(named(page, "correct"), "dot")
         assert [dot.get("class") for dot in dots] == ["dot ok"] * 6 + ["dot no"]
@@ -166,6 +232,34 @@ class TestContent:
         assert str(tmp_path) not in text
 
 
+class TestClauses:
+    def test_each_has_a_version_a_date_a_gist_evidence_and_a_command(self):
+        assert len(clauses()) == len({clause["id"] for clause in clauses()})
+        for clause in clauses():
+            assert clause.keys() == {"id", "version", "checked_on", "basis", "gist", "evidence", "command"}
+            assert date.fromisoformat(clause["checked_on"])
+            assert clause["basis"] in {"read", "second-hand", "from memory"}
+            assert all(clause.values())
+
+    @pytest.mark.parametrize("name", ["Article 12", "Article 14", "Article 15", "Article 19", "Article 72"])
+    def test_the_articles_of_the_ai_act_are_there(self, name):
+        assert any(name in clause["id"] and clause["id"].startswith("EU AI Act") for clause in clauses())
+
+    @pytest.mark.parametrize("clause", clauses(), ids=lambda clause: clause["id"])
+    def test_its_command_is_one_that_there_is(self, clause, story, tmp_path):
+        """Run as it stands there, on a real run: evidence that no command shows is none."""
+        program, group, *words = clause["command"].split()
+        assert (program, group) == ("loopguard", "audit")
+        named = {"RUN": str(story), "FILE.tar.gz": str(tmp_path / "out.tar.gz")}
+        result = CliRunner().invoke(app, [named.get(word, word) for word in words], catch_exceptions=False)
+        assert result.exit_code in {0, 20}
+
+    def test_the_page_shows_them_and_says_that_it_is_no_legal_advice(self, page):
+        text = Seen(page).text
+        assert "This is no legal advice." in text
+        assert all(clause["gist"] in text and clause["checked_on"] in text for clause in clauses())
+
+
 class TestHostileText:
     @pytest.fixture
     def hostile(self, tmp_path):
@@ -189,6 +283,12 @@ class TestHostileText:
         body = {"freeze": HOSTILE, "gate": HOSTILE, "rule": HOSTILE, "reason": HOSTILE, "signals": [signal, HOSTILE]}
         loop.log.append("freeze.entered", {**body, "next": [HOSTILE], "restored": HOSTILE, "capsule": HOSTILE}, cycle=0)
         loop.log.append("note.added", {"by": HOSTILE, "text": HOSTILE})
+        told = dict.fromkeys(("from", "to", "cycle", "by", "reason", "snapshot", "because", "restored"), HOSTILE)
+        for kind in ("promotion.rolled_back", "snapshot.restored", "update.settled", "promotion.settled"):
+            loop.log.append(kind, told, cycle=0)
+        loop.log.append("checkpoint.saved", {"checkpoint": HOSTILE, "update": HOSTILE, "weights": HOSTILE})
+        approvals = [{"person": HOSTILE, "key": HOSTILE}]
+        loop.log.append("resume.applied", {"freeze": HOSTILE, "by": HOSTILE, "reason": HOSTILE, "approvals": approvals})
         loop.log.close()
         return tmp_path / "run"
 
