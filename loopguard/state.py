@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
-from loopguard.consent.book import count, later
+from loopguard.audit.events import Head
+from loopguard.consent.book import Book, count, later
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import write_synced
@@ -115,6 +116,8 @@ class FreezeState:
         self._approvals = (
             Approvals(run_dir, log, policy=log.policy if policy is None else policy) if not follows else None
         )
+        self._needed: int | None = None
+        """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
         self._count = sum(entry.type == "freeze.entered" for entry in turns)
         self._freeze, self._reason = _told(turns[-1] if turns else None)
@@ -325,8 +328,16 @@ class FreezeState:
             "freeze": self._freeze,
             "reason": self._reason,
             "cycle": cycle,
+            "approvals": self._approvals_needed(),
         }
         replace_durably(path, json.dumps(body, sort_keys=True).encode() + b"\n")
+
+    def _approvals_needed(self) -> int | None:
+        """For the cache of a run that goes on; of a frozen one the log is asked each time."""
+        if self._needed is None and self._freeze is None and self._approvals is not None:
+            # Once: it reads the log, and no other policy is loaded while this process lives.
+            self._needed = self._approvals.needed
+        return self._needed
 
     def _adopt_latch(self, turn: Entry | None) -> None:
         latch = _read_latch(self._dir)
@@ -471,9 +482,15 @@ def waiting(run_dir: Path, kind: RequestKind) -> list[Request]:
     return [request for request in read_ones if request is not None and request.kind == kind]
 
 
-def standing(run_dir: Path) -> Standing:
-    """Where a run stands, from its files alone. Raises UsageError where `run_dir` is not a run directory."""
+def standing(run_dir: Path, *, glance: bool = False) -> Standing:
+    """Where a run stands, from its files alone. Raises UsageError where `run_dir` is not a run directory.
+
+    With `glance` the cache is believed where it says that the run goes on and the log has the record that it names. So
+    it is instant, and good for a look; whoever decides something reads the log.
+    """
     facts = run_facts(run_dir)
+    if glance and (seen := _glance(run_dir, facts["id"])) is not None:
+        return seen
     # A run that is just starting has its directory first, and then its log.
     turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS)) if read.segments(run_dir, CONTROLLER) else []
     freeze, reason = _told(turns[-1] if turns else None)
@@ -501,6 +518,39 @@ def standing(run_dir: Path) -> Standing:
         approved_by=tuple(pending.people) if pending else (),
         approvals_needed=told.rule.approvals if told.rule else 0,
         expires=pending.statement.expires if pending else None,
+    )
+
+
+def _glance(run_dir: Path, run: str) -> Standing | None:
+    """Where a run stands by its cache and by what was recorded since; None where that does not say that it goes on."""
+    cache = _cache(run_dir)
+    seq, needed = cache.get("seq"), cache.get("approvals")
+    if cache.get("frozen") is not False or type(seq) is not int or type(needed) is not int:
+        return None
+    types = (*_TURNS, "policy.loaded")
+    told = read.since(run_dir, CONTROLLER, Head(seq, str(cache.get("hash"))), types=types)
+    if told is None or any(entry.type in _TURNS for entry in told) or (run_dir / "latch").exists():
+        return None
+    since = Book()
+    for entry in told:
+        since.feed(entry)
+    if told:
+        needed = since.rule.approvals if since.rule else 0
+    tail = read.last(run_dir, CONTROLLER)
+    return Standing(
+        run=run,
+        frozen=False,
+        freeze=None,
+        reason="",
+        since=None,
+        acknowledged=True,
+        epoch=tail.epoch if tail else 0,
+        cycle=cache.get("cycle"),
+        owner_pid=read.owner(run_dir, CONTROLLER),
+        pending=None,
+        approved_by=(),
+        approvals_needed=needed,
+        expires=None,
     )
 
 

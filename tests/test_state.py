@@ -202,3 +202,65 @@ class TestRequests:
 def test_standing_names_a_directory_that_is_no_run(tmp_path):
     with pytest.raises(UsageError, match="is not a run directory"):
         standing(tmp_path)
+
+
+class TestGlance:
+    """`status` answers from the cache and what was recorded since, and says what the whole log says."""
+
+    @pytest.fixture
+    def going(self, run):
+        """A run that goes on, with a cache and records behind it, across segments."""
+        (run.path / "audit").mkdir()
+        run.log = AuditLog.open(run.path, run_id="run-1", policy="0" * 64, segment_bytes=3000)
+        state = FreezeState(run.path, run.log)
+        state.remember(cycle=4)
+        for _ in range(20):
+            run.log.append("note.added")
+        return run, state
+
+    def test_it_says_what_the_whole_log_says(self, going, monkeypatch):
+        """Without reading it: no record before the cached one is looked at."""
+        run, _ = going
+        whole = standing(run.path)
+        assert (whole.frozen, whole.cycle) == (False, 4)
+        monkeypatch.setattr(read, "entries", None)
+        assert standing(run.path, glance=True) == whole
+
+    def test_a_freeze_that_the_cache_does_not_know_is_seen(self, going):
+        run, _ = going
+        run.log.append("freeze.entered", {"freeze": "f1", "reason": "loss is nan"})
+        assert standing(run.path, glance=True) == standing(run.path)
+        assert standing(run.path, glance=True).freeze == "f1"
+
+    def test_a_latch_is_seen(self, going):
+        run, _ = going
+        set_latch(run.path, freeze="f1", reason="stop")
+        assert standing(run.path, glance=True) == standing(run.path)
+
+    def test_after_a_freeze_and_a_resume(self, going):
+        run, state = going
+        state.freeze(DECISION, cycle=1, facts={})
+        assert standing(run.path, glance=True) == standing(run.path)
+        state.resume(by="dana", reason="fine")
+        assert standing(run.path, glance=True) == standing(run.path)
+        assert not standing(run.path).frozen
+
+    @pytest.mark.parametrize("lie", [{"seq": 1}, {"seq": 10**6}, {"hash": "0" * 64}, {"seq": "2"}, {"frozen": "no"}])
+    def test_a_cache_that_lies_is_not_believed(self, going, lie):
+        run, _ = going
+        cache = json.loads((run.path / "state.json").read_text())
+        (run.path / "state.json").write_text(json.dumps(cache | lie))
+        assert standing(run.path, glance=True) == standing(run.path)
+
+    def test_a_policy_that_was_loaded_since_says_how_many_approve(self, going):
+        run, _ = going
+        rule = {"approvals": 3, "people": {}, "requester_may_approve": False, "within_s": 60, "execute_within_s": 60}
+        run.log.append("policy.loaded", {"name": "x", "digest": "0" * 64, "resume": rule})
+        assert standing(run.path, glance=True).approvals_needed == standing(run.path).approvals_needed == 3
+
+    def test_a_number_in_a_body_is_no_record(self, going):
+        """The cached record is found by its own number, not by one that somebody wrote down."""
+        run, _ = going
+        cached = json.loads((run.path / "state.json").read_text())["seq"]
+        run.log.append("note.added", {"a": 1, "seq": cached, "ts": ""})
+        assert standing(run.path, glance=True) == standing(run.path)

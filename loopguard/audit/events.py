@@ -95,7 +95,7 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 _SAFE_INT = 2**53
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
-# Keys that sort before and after "hash"; a line is written as two halves with the hash between them.
+# Keys that sort before and after "hash".
 _FRONT = ("actor", "body", "boot", "cause", "cycle", "epoch")
 _BACK = ("id", "log", "mono_ns", "policy", "prev", "redacted", "seq", "ts", "type", "v")
 
@@ -143,10 +143,12 @@ class Entry:
 
 def encode(fields: Mapping[str, Any]) -> tuple[bytes, str]:
     """The line (with its newline) and the hash of a record given by all fields but `hash`."""
-    front = canonical({key: fields[key] for key in _FRONT})[:-1]
-    back = canonical({key: fields[key] for key in _BACK})[1:]
-    digest = hashlib.sha256(_HASH_PREFIX + f"{front},{back}".encode("ascii")).hexdigest()
-    return f'{front},"hash":"{digest}",{back}\n'.encode("ascii"), digest
+    line = canonical({key: fields[key] for key in (*_FRONT, *_BACK)} | {"hash": ""}).encode("ascii")
+    # As in `decode`: the last match is the real one.
+    at = line.rfind(_HASH_MEMBER)
+    front, back = line[:at], line[at + len(_HASH_MEMBER) + 1 :]
+    digest = hashlib.sha256(_HASH_PREFIX + front + back).hexdigest()
+    return b'%b,"hash":"%b"%b\n' % (front, digest.encode("ascii"), back), digest
 
 
 def decode(line: bytes) -> Entry:
@@ -209,7 +211,10 @@ def fields_of(entry: Entry) -> dict[str, Any]:
 
 def canonical(value: Any) -> str:
     """JSON text with sorted keys, no spaces, and ASCII only."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return _CANONICAL.encode(value)
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def plain(value: Any, *, place: str = "body") -> Any:
@@ -218,6 +223,41 @@ def plain(value: Any, *, place: str = "body") -> Any:
     Integers of 2^53 and more become their decimal text, NaN and infinities "NaN", "Infinity" and "-Infinity", lone
     surrogates U+FFFD. Anything that is not a JSON value is an AuditError naming its place.
     """
+    try:
+        return _copied(value)
+    except _OddError:
+        return _plain(value, place)
+
+
+class _OddError(Exception):
+    """Something is not as nearly everything is: look at it closely."""
+
+
+def _copied(value: Any) -> Any:
+    """A copy of a value in which nothing has to change. Raises _OddError where that is not plain at a glance."""
+    kind = type(value)
+    if kind is str and value.isascii():
+        return value
+    if kind is dict:
+        return {_copied_key(key): _copied(item) for key, item in value.items()}
+    if kind is int and -_SAFE_INT < value < _SAFE_INT:
+        return value
+    if kind is float and math.isfinite(value):
+        return value
+    if kind is list or kind is tuple:
+        return [_copied(item) for item in value]
+    if value is None or kind is bool:
+        return value
+    raise _OddError
+
+
+def _copied_key(key: Any) -> str:
+    if type(key) is str and key.isascii():
+        return key
+    raise _OddError
+
+
+def _plain(value: Any, place: str) -> Any:
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, str):
@@ -230,14 +270,14 @@ def plain(value: Any, *, place: str = "body") -> Any:
     if isinstance(value, dict):
         return _plain_mapping(value, place)
     if isinstance(value, (list, tuple)):
-        return [plain(item, place=f"{place}[{index}]") for index, item in enumerate(value)]
+        return [_plain(item, f"{place}[{index}]") for index, item in enumerate(value)]
     raise AuditError(f"{place} is a {type(value).__name__}, which a record cannot hold; pass JSON values only")
 
 
 def _plain_mapping(value: dict[Any, Any], place: str) -> dict[str, Any]:
     if wrong := [key for key in value if not isinstance(key, str)]:
         raise AuditError(f"{place} has the key {wrong[0]!r}, which is not a string; a record's keys are strings")
-    return {_whole_text(key): plain(item, place=f"{place}.{key}") for key, item in value.items()}
+    return {_whole_text(key): _plain(item, f"{place}.{key}") for key, item in value.items()}
 
 
 def _whole_text(text: str) -> str:

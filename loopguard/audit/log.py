@@ -19,7 +19,6 @@ import platform
 import sys
 import threading
 import time
-import uuid
 import weakref
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -469,7 +468,7 @@ class AuditLog:
             "log": self.log,
             "seq": self._head.seq + 1,
             "epoch": self._epoch,
-            "ts": now.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            "ts": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "mono_ns": self._clock.monotonic_ns(),
             "boot": self._boot,
             "id": _uuid7(now),
@@ -847,8 +846,10 @@ def _refuse_if_too_large(line: bytes, fields: Mapping[str, Any]) -> None:
 
 
 def _entry(envelope: Mapping[str, Any], digest: str) -> Entry:
-    lists = {name: tuple(envelope[name]) for name in ("cause", "redacted")}
-    return Entry(**{name: value for name, value in envelope.items() if name != "v"} | lists, hash=digest)
+    fields = dict(envelope)
+    del fields["v"]
+    fields["cause"], fields["redacted"] = tuple(fields["cause"]), tuple(fields["redacted"])
+    return Entry(**fields, hash=digest)
 
 
 def _versions() -> dict[str, str]:
@@ -870,4 +871,5 @@ def _uuid7(now: datetime) -> str:
     millis, rest = divmod(micros, 1000)
     value = (millis & (2**48 - 1)) << 80 | 0x7 << 76 | (rest * 4096 // 1000) << 64
     value |= 0b10 << 62 | int.from_bytes(os.urandom(8), "big") >> 2
-    return str(uuid.UUID(int=value))
+    text = f"{value:032x}"
+    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"

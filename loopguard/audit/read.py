@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import mmap
 import os
 import re
 import time
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, decode
+from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, Head, decode
 from loopguard.audit.events import Entry as Entry
 from loopguard.errors import AuditError, AuditTamperedError, UsageError
 
@@ -142,11 +143,49 @@ def entries(run_dir: Path, stream: str = CONTROLLER, *, types: Collection[str] |
     A last line that is still being written, or that a crash cut, is not a record. Raises UsageError where there is no
     log and AuditTamperedError at a record that was altered.
     """
-    # Keys are sorted, so that a record's type stands at the end of its line and most lines need no parsing.
-    ends = None if types is None else tuple(f',"type":"{name}","v":{FORMAT}}}'.encode("ascii") for name in types)
+    ends = None if types is None else _ends(types)
     for line in lines(run_dir, stream):
         if line.complete and (ends is None or line.data.endswith(ends)):
             yield _entry(line.data, line.place)
+
+
+def _ends(types: Collection[str]) -> tuple[bytes, ...]:
+    """How lines of these types end: keys are sorted, so that most lines need no parsing."""
+    return tuple(f',"type":"{name}","v":{FORMAT}}}'.encode("ascii") for name in types)
+
+
+def since(run_dir: Path, stream: str, head: Head, *, types: Collection[str]) -> list[Entry] | None:
+    """The records of some types behind an earlier head, oldest first; None where the log does not have that head.
+
+    Looks from the end, so that it costs as much as was written since, and not as much as the log holds.
+    """
+    behind: list[bytes] = []
+    for path in reversed(segments(run_dir, stream)):
+        with _readable(path), path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size == 0:
+                continue
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                start = _behind(data, head)
+                whole = data.rfind(b"\n") + 1
+                lines = data[start or 0 : whole].split(b"\n")
+        behind = [line for line in lines if line.endswith(_ends(types))] + behind
+        if start is not None:
+            return [_entry(line, f"{path} (behind record {head.seq})") for line in behind]
+    return None
+
+
+def _behind(data: mmap.mmap, head: Head) -> int | None:
+    """Where the lines behind a record begin; None where it is not here, or is another one."""
+    member = f',"seq":{head.seq},"ts":'.encode("ascii")
+    at = data.rfind(member)
+    while at >= 0:
+        start, end = data.rfind(b"\n", 0, at) + 1, data.find(b"\n", at)
+        with contextlib.suppress(BadLineError):
+            entry = decode(data[start:end])
+            if entry.seq == head.seq:
+                return end + 1 if entry.hash == head.hash else None
+        at = data.rfind(member, 0, at)
+    return None
 
 
 def at(run_dir: Path, stream: str, seq: int) -> Entry | None:

@@ -33,7 +33,7 @@ def status(
     """
     from loopguard.state import run_facts, standing
 
-    stands = standing(run_dir)
+    stands = standing(run_dir, glance=True)
     if as_json:
         print(json.dumps(dataclasses.asdict(stands), sort_keys=True))
     else:
