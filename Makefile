@@ -1,4 +1,4 @@
-.PHONY: demo test check fix bench image clean
+.PHONY: demo test test-browser check fix bench image clean
 
 demo: .venv/ready image  ## A guarded self-training loop with a planted fault, from nothing.
 	.venv/bin/loopguard demo
@@ -6,6 +6,10 @@ demo: .venv/ready image  ## A guarded self-training loop with a planted fault, f
 test: .venv/ready  ## All tests. Without a Docker engine it runs the rest and says so at the end.
 	@sandbox_images/setup.sh || echo "make test: going on without a sandbox" >&2
 	.venv/bin/pytest
+
+test-browser: .venv/ready  ## The report in a real browser. Without Chromium it says loudly that nothing was looked at.
+	@tests/browser/setup.sh || echo "make test-browser: going on without Chromium" >&2
+	.venv/bin/pytest tests/browser
 
 check: .venv/ready  ## Format, lint, types.
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
@@ -17,6 +21,7 @@ bench: .venv/ready image  ## What we claim about speed and limits. A few minutes
 	.venv/bin/python benchmarks/sandbox_latency.py
 	.venv/bin/python benchmarks/sandbox_limits.py
 	.venv/bin/python benchmarks/audit_append.py
+	.venv/bin/python benchmarks/audit_million.py
 	.venv/bin/python benchmarks/gate_cost.py
 	.venv/bin/python benchmarks/trainer_cost.py
 	.venv/bin/python benchmarks/snapshots.py

@@ -56,7 +56,15 @@ def missing_train() -> str:
     return f"{' and '.join(absent)} not installed: pip install 'loopguard[train]'" if absent else ""
 
 
-_CHECKS = {"docker": missing_docker, "runsc": missing_runsc, "train": missing_train}
+@functools.cache
+def missing_browser() -> str:
+    """Why tests that open pages cannot run, or the empty string."""
+    from chromium import command
+
+    return "" if command() else "there is no Chromium: make test-browser installs it on Debian and Ubuntu, as root"
+
+
+_CHECKS = {"docker": missing_docker, "runsc": missing_runsc, "train": missing_train, "browser": missing_browser}
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

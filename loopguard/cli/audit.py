@@ -411,13 +411,13 @@ def _stats_lines(told: Stats) -> list[str]:
     outcomes = ", ".join(f"{count:,} {status}" for status, count in told.outcomes.most_common(_MOST))
     refusals = ", ".join(f"{count:,} by {rule}" for rule, count in told.refusals.most_common(_MOST))
     held = ", ".join(f"{count:,} {reason}" for reason, count in told.quarantined.most_common(_MOST))
-    still = lasting(told.stood_still_s) if told.freezes else "never"
     now = ", frozen now" if told.frozen_since else ""
+    still = f"{lasting(told.stood_still_s)}; freezes: {told.freezes:,}, resumed: {told.resumes:,}{now}"
     asked = f"{told.promoted:,} of {told.promotions_asked:,} that were asked for, {told.rolled_back:,} rolled back"
     rows = [
         ("run", f"{told.run}, {told.types.total():,} records"),
         ("time", f"{when(told.first)} to {when(told.last)}, {duration(told.first, told.last)}"),
-        ("frozen", f"{still} in {told.freezes:,} freezes, {told.resumes:,} resumed{now}"),
+        ("frozen", still if told.freezes else "never"),
         ("foreseen", f"{told.foreseen:,} freezes of an observed run" if told.foreseen else ""),
         ("calls", f"{told.calls:,}, {told.calls - told.refused:,} allowed, {told.refused:,} refused{_of(told)}"),
         ("refusals", refusals),

@@ -138,7 +138,7 @@ class Loop:
         self.log.append("freeze.entered", full, cycle=cycle)
         self.log.append("cycle.finished", {"result": "frozen"}, cycle=cycle)
 
-    def label_leak(self, cycle: int) -> None:
+    def label_leak(self, cycle: int, freeze: str = "f1") -> None:
         """A jump downward: five faulty updates are applied, the sixth is withheld, all are undone."""
         self.generate(cycle)
         self.train(cycle, stop_after=32)
@@ -148,10 +148,10 @@ class Loop:
         low |= {"direction": "down", "monitor": "jump", "level": "trip", "reason": "loss fell at once"}
         body = {"update": self.update + 1, "readings": {"loss": 0.0041, "grad_norm": 0.2}, "signals": [low]}
         self.log.append("update.withheld", body, cycle=cycle)
-        self.log.append("snapshot.restored", {"snapshot": self.snapshot, "because": "freeze f1"}, cycle=cycle)
+        self.log.append("snapshot.restored", {"snapshot": self.snapshot, "because": f"freeze {freeze}"}, cycle=cycle)
         why = "loss was below what the last 40 updates allow for 5 updates in a row"
         body = {"gate": "update", "rule": "jump(loss)", "reason": why, "signals": [low]}
-        self.freeze(cycle, "f1", {**body, "update": self.update + 1, "restored": self.snapshot})
+        self.freeze(cycle, freeze, {**body, "update": self.update + 1, "restored": self.snapshot})
         self.update -= 37
 
     def resume(self, freeze: str) -> None:
@@ -164,7 +164,7 @@ class Loop:
         }
         self.log.append("resume.applied", body, actor={"kind": "person", "id": "dana"})
 
-    def gain(self, cycle: int) -> None:
+    def gain(self, cycle: int, freeze: str = "f2") -> None:
         """The panel rises too fast; the actor stays."""
         self.generate(cycle)
         self.train(cycle)
@@ -175,9 +175,9 @@ class Loop:
         self.log.append("promotion.decided", {**body, "previous": self.panel, "weights": digest("w")}, cycle=cycle)
         top = {"metric": "correct", "value": panel["correct"], "low": 0.1, "high": self.panel["correct"] + 0.2}
         top |= {"score": None, "since": None, "direction": "up", "monitor": "panel", "level": "trip", "reason": why}
-        self.log.append("snapshot.restored", {"snapshot": self.snapshot, "because": "freeze f2"}, cycle=cycle)
+        self.log.append("snapshot.restored", {"snapshot": self.snapshot, "because": f"freeze {freeze}"}, cycle=cycle)
         body = {"gate": "promotion", "rule": "panel.correct", "reason": why, "signals": [top]}
-        self.freeze(cycle, "f2", {**body, "restored": self.snapshot})
+        self.freeze(cycle, freeze, {**body, "restored": self.snapshot})
 
     def finish(self) -> None:
         self.log.append("run.finished", {"cycles": 6})

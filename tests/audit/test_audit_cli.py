@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from audit_stories import HOSTILE, frozen_twice, open_log
@@ -16,7 +18,20 @@ from loopguard.audit import read
 from loopguard.cli.audit import app
 from loopguard.errors import UsageError
 
-COMMANDS = ["show", "tail", "freezes", "cycle", "why", "stats", "verify", "prove", "report", "keygen", "export", "bundle"]
+COMMANDS = [
+    "show",
+    "tail",
+    "freezes",
+    "cycle",
+    "why",
+    "stats",
+    "verify",
+    "prove",
+    "report",
+    "keygen",
+    "export",
+    "bundle",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +60,14 @@ def test_help_is_a_sentence_an_example_and_the_exit_codes(command):
 def test_a_folder_without_a_log_is_a_usage_error(command, tmp_path):
     with pytest.raises(UsageError, match="holds no audit log"):
         CliRunner().invoke(app, [command, str(tmp_path)], catch_exceptions=False)
+
+
+def test_every_command_that_the_page_names_is_one():
+    """And the page names every command that reads."""
+    page = (Path(__file__).parents[2] / "docs" / "audit-reading.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"loopguard audit (\w+)", page))
+    assert named <= set(COMMANDS) | {"approvals"}
+    assert {*COMMANDS, "approvals"} - named == {"keygen", "prove"}
 
 
 class TestShow:
@@ -160,7 +183,7 @@ class TestOthers:
 
     def test_stats_say_how_much_and_how_often(self, story):
         text = run("stats", story)
-        assert "frozen    32 min in 2 freezes, 1 resumed, frozen now" in text
+        assert "frozen    32 min; freezes: 2, resumed: 1, frozen now" in text
         assert "promoted  6 of 7 that were asked for, 0 rolled back" in text
         assert [line.split() for line in text.splitlines() if line.startswith("freeze.entered")] == [
             ["freeze.entered", "2", "3.8"]

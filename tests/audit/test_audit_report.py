@@ -163,6 +163,16 @@ class TestContent:
             log.append("resume.applied", body)
         assert "dana (key SHA256:dana) and eli (key SHA256:eli)" in Seen(render(tmp_path / "run")).text
 
+    def test_where_people_have_to_sign_the_card_says_who_and_how(self, tmp_path):
+        rule = {"approvals": 2, "people": {"eli": [], "dana": []}, "within_s": 60.0}
+        rule |= {"requester_may_approve": False, "execute_within_s": 60.0}
+        with open_log(tmp_path / "run") as log:
+            log.append("policy.loaded", {"name": "two", "digest": log.policy, "resume": rule})
+            log.append("freeze.entered", {"freeze": "f1", "gate": "data", "rule": "x", "reason": "y"})
+        text = Seen(render(tmp_path / "run")).text
+        assert "nobody yet: 2 of dana, eli have to sign; whoever asks does not count" in text
+        assert "loopguard approve . --key FILE" in text
+
     def test_roll_backs_tools_and_checkpoints_have_tables(self, tmp_path):
         """Weights that went back, tools that were only refused, and what the framework saved."""
         with open_log(tmp_path / "run") as log:
