@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from loopguard.audit.events import printable
 from loopguard.cli import approve, audit, doctor, freeze, init, monitor, notify, policy, replay, run, sandbox, serve
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
@@ -84,5 +85,7 @@ def _say_system(error: OSError) -> int:
 
 def _say(error: LoopGuardError) -> int:
     # A policy's findings stand each on a line of its own, with the place in front, where editors look for it.
-    print(error if isinstance(error, PolicyError) else f"loopguard: {error}", file=sys.stderr)
+    text = str(error) if isinstance(error, PolicyError) else f"loopguard: {error}"
+    # A reason may quote what a model wrote; line ends alone are let through.
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
     return error.exit_code

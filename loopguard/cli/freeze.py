@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from datetime import UTC, datetime
@@ -31,29 +32,34 @@ def status(
 
     Exit codes: 0 not frozen, 2 not a run directory, 4 frozen, 6 the audit log cannot be read.
     """
+    from loopguard.audit.events import printable
     from loopguard.state import run_facts, standing
 
     stands = standing(run_dir, glance=True)
     if as_json:
         print(json.dumps(dataclasses.asdict(stands), sort_keys=True))
-    else:
-        print(f"run       {stands.run}")
-        print(f"state     {_state(stands)}")
-        print(f"owner     {_owner(stands)}")
-        if run_facts(run_dir).get("mode") == "observe":
-            print("mode      observed: nothing is withheld")
-        print(f"promoted  {'nothing yet' if stands.cycle is None else f'cycle {stands.cycle}'}")
-        if stands.frozen:
-            print(f"freeze    {stands.freeze}{'' if stands.acknowledged else ' (latched, not yet acknowledged)'}")
-            print(f"since     {stands.since or 'unknown'}")
-            print(f"reason    {stands.reason}")
-            print(f"why       loopguard audit why {run_dir} {stands.freeze}")
-            if stands.pending:
-                print(f"asked     until {stands.expires}, {_approved(stands)}")
-                print(f"go on     loopguard approve {run_dir}")
-            else:
-                print(f"go on     loopguard resume {run_dir} --by NAME --reason TEXT")
+        raise typer.Exit(4 if stands.frozen else 0)
+    lines = [f"run       {stands.run}", f"state     {_state(stands)}", f"owner     {_owner(stands)}"]
+    if run_facts(run_dir).get("mode") == "observe":
+        lines.append("mode      observed: nothing is withheld")
+    lines.append(f"promoted  {'nothing yet' if stands.cycle is None else f'cycle {stands.cycle}'}")
+    print("\n".join(map(printable, [*lines, *(_frozen_lines(run_dir, stands) if stands.frozen else ())])))
     raise typer.Exit(4 if stands.frozen else 0)
+
+
+def _frozen_lines(run_dir: Path, stands: Standing) -> list[str]:
+    # What a file says is a stranger's word: in a command that somebody may paste it is one word.
+    folder, named = shlex.quote(str(run_dir)), shlex.quote(str(stands.freeze))
+    lines = [
+        f"freeze    {stands.freeze}{'' if stands.acknowledged else ' (latched, not yet acknowledged)'}",
+        f"since     {stands.since or 'unknown'}",
+        f"reason    {stands.reason}",
+        f"why       loopguard audit why {folder} {named}",
+    ]
+    if not stands.pending:
+        return [*lines, f"go on     loopguard resume {folder} --by NAME --reason TEXT"]
+    asked = f"asked     until {stands.expires}, {_approved(stands)}"
+    return [*lines, asked, f"go on     loopguard approve {folder}"]
 
 
 def freeze(
@@ -68,6 +74,7 @@ def freeze(
 
     Exit codes: 0 frozen and acknowledged, 1 latched but not yet acknowledged, 2 not a run directory, 6 audit log.
     """
+    from loopguard.audit.events import printable
     from loopguard.errors import UsageError
     from loopguard.state import run_facts, set_latch, standing, submit
 
@@ -75,7 +82,7 @@ def freeze(
         raise UsageError(f"{run_dir} is only observed: nothing in it can be frozen. End its process to stop it")
     need_words(by, reason)
     if (stands := standing(run_dir)).frozen and stands.acknowledged and stands.pending is None:
-        print(f"{run_dir} is frozen already ({stands.freeze}): {stands.reason}")
+        print(printable(f"{run_dir} is frozen already ({stands.freeze}): {stands.reason}"))
         return
     submit(run_dir, "freeze", by=by, reason=reason)
     set_latch(run_dir, freeze="requested", reason=f"{by} asked for it: {reason}")
@@ -85,7 +92,7 @@ def freeze(
             ingest(run_dir)
         stands = standing(run_dir)
         if stands.acknowledged and stands.frozen and stands.pending is None:
-            print(f"{run_dir} is frozen ({stands.freeze}): {stands.reason}")
+            print(printable(f"{run_dir} is frozen ({stands.freeze}): {stands.reason}"))
             return
         if time.monotonic() > deadline:
             print(

@@ -123,7 +123,9 @@ def _shown(readings: Any) -> dict[str, Any]:
 
 
 def _tell(told: Reproduction) -> None:
-    print(f"freeze    {told.freeze}: {told.reason}")
+    from loopguard.audit.events import printable
+
+    print(printable(f"freeze    {told.freeze}: {told.reason}"))
     if told.updates:
         first, last = told.updates[0].update, told.updates[-1].update
         print(f"replayed  updates {first}-{last}")

@@ -15,8 +15,10 @@ from audit_stories import HOSTILE, frozen_twice, open_log
 from typer.testing import CliRunner
 
 from loopguard.audit import read
+from loopguard.cli.app import app as whole_app
+from loopguard.cli.app import main
 from loopguard.cli.audit import app
-from loopguard.errors import UsageError
+from loopguard.errors import LoopFrozen, PolicyError, UsageError
 
 COMMANDS = [
     "show",
@@ -125,6 +127,34 @@ def test_hostile_text_reaches_no_terminal_as_json_either(hostile, command):
     """JSON is ASCII, so that a careless `cat` is harmless as well."""
     text = run(f"{command} --json", hostile)
     assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+
+
+def test_hostile_text_of_a_latch_reaches_no_terminal(tmp_path, capsys):
+    """`status`, and the line that an error is told in, show what a log or a latch says like every viewer."""
+    with open_log(tmp_path / "run") as log:
+        log.append("freeze.entered", {"freeze": f"f1; {HOSTILE}", "gate": "data", "reason": HOSTILE})
+    shown = CliRunner().invoke(whole_app, ["status", str(tmp_path / "run")], catch_exceptions=False)
+    assert shown.exit_code == 4
+    with pytest.raises(SystemExit):
+        main(["audit", "why", str(tmp_path / "run"), HOSTILE])
+    for text in (shown.stdout, capsys.readouterr().err):
+        assert "\\u001b[31m\\u202e" in text
+        assert text.replace("\n", "").isprintable()
+    (command,) = [line for line in shown.stdout.splitlines() if line.startswith("why ")]
+    assert len(shlex.split(command)) == 6
+
+
+@pytest.mark.parametrize("kind", [LoopFrozen, PolicyError])
+def test_an_error_that_quotes_a_model_is_told_safely(kind, monkeypatch, capsys):
+    def fail(**_words):
+        raise kind("f1", HOSTILE) if kind is LoopFrozen else kind([HOSTILE])
+
+    monkeypatch.setattr("loopguard.cli.app.app", fail)
+    with pytest.raises(SystemExit):
+        main(["status", "x"])
+    text = capsys.readouterr().err
+    assert "\\u001b[31m\\u202e" in text
     assert text.replace("\n", "").isprintable()
 
 

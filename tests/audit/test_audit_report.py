@@ -76,7 +76,7 @@ class TestOneFile:
         assert "https://" not in page
         assert "url(" not in page
         assert "@import" not in page
-        assert "//" not in re.sub(r"runs?//", "", page)
+        assert "//" not in page
         assert "default-src &#39;none&#39;" in page or "default-src 'none'" in page
 
     def test_the_same_log_gives_the_same_bytes_wherever_it_lies(self, story, page, tmp_path):
