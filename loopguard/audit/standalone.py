@@ -234,36 +234,48 @@ def strings(data: bytes, behind: int = 0) -> list[bytes]:
     return found
 
 
-def person_of(armored: Any, people: dict[str, list[str]], message: bytes, at: str) -> str:
-    """Who signed a message, with a key that counts at that time. Raises ValueError, InvalidSignature."""
+class ExpiredError(ValueError):
+    """A key is one that may approve, and not at this time."""
+
+
+def approval_in(told: Any, people: dict[str, list[str]], message: bytes, at: str) -> Json:
+    """What a record has to say of this approval: who made its signature over a message, with a key that counts then.
+
+    Raises ValueError, InvalidSignature, or another error where a member is not there.
+    """
+    armored = told["signature"]
     match = re.fullmatch(ARMOR, armored) if len(armored) <= 8192 else None
     blob = base64.b64decode("".join(match[1].split()), validate=True) if match else b""
     blob, namespace, reserved, algorithm, signature = strings(blob.removeprefix(b"SSHSIG\0\0\0\1"))
     if reserved or namespace != b"loopguard-approve@v1" or algorithm not in {b"sha256", b"sha512"}:
         raise ValueError("a signature is for another purpose, or of a kind that is not taken")
+    named = [(person, when) for person, lines in people.items() for line in lines for when in times_of(line, blob)]
+    if not named:
+        raise ValueError("a key is nobody's")
+    person, (after, before) = named[0]
+    if not after <= at < before:
+        raise ExpiredError(f"a key of {person} does not count at that time")
     parts = namespace, b"", algorithm, hashlib.new(algorithm.decode(), message).digest()
-    signed = b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts)
-    check(blob, signature, signed)
-    for person, lines in people.items():
-        if any(names(line, blob, at) for line in lines):
-            return person
-    raise ValueError("a key is nobody's, or does not count at that time")
+    check(blob, signature, b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts))
+    fingerprint = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return {"person": person, "key": f"SHA256:{fingerprint}", "signature": armored}
 
 
-def names(line: str, blob: bytes, at: str) -> bool:
-    """Whether a line of an `allowed_signers` file (without principals) names this key, and for this time."""
+def times_of(line: str, blob: bytes) -> list[tuple[str, str]]:
+    """From and until when a line of an `allowed_signers` file (without principals) names this key; empty if never."""
     match = re.fullmatch(KEY_LINE, line.strip())
     if match is None or match[3] != base64.b64encode(blob).decode() or match[2].encode() != strings(blob)[0]:
-        return False
+        return []
     if match[1] and not re.fullmatch(f"{OPTION}(,{OPTION})*", match[1]):
-        return False
+        return []
+    found = {"valid-after": "", "valid-before": "~"}
     for name, value in re.findall(OPTION, match[1] or ""):
-        when = f"{value[:-1]:0<14}" if re.fullmatch(r"\d{8}(\d{4}(\d\d)?)?Z", value) else ""
-        moment = f"{when[:4]}-{when[4:6]}-{when[6:8]}T{when[8:10]}:{when[10:12]}:{when[12:]}.000000Z"
-        right = {"valid-after": moment <= at, "valid-before": at < moment}.get(name.lower(), False) and when
-        if not right and (name.lower() != "namespaces" or "loopguard-approve@v1" not in value.split(",")):
-            return False
-    return True
+        if name.lower() in found and re.fullmatch(r"\d{8}(\d{4}(\d\d)?)?Z", value):
+            moment = datetime.strptime(f"{value[:-1]:0<14}", "%Y%m%d%H%M%S")
+            found[name.lower()] = f"{moment.isoformat()}.000000Z"
+        elif name.lower() != "namespaces" or "loopguard-approve@v1" not in value.split(","):
+            return []
+    return [(found["valid-after"], found["valid-before"])]
 
 
 def check(blob: bytes, signature: bytes, signed: bytes) -> None:
@@ -339,6 +351,16 @@ def statement_in(value: Any) -> Json | None:
     return value | {"v": 1} if type(value["head_seq"]) is int and 0 < value["head_seq"] < 2**53 else None
 
 
+def signed_bytes(statement: Json) -> bytes:
+    """What people sign, byte for byte."""
+    return json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
+
+
+def said_of(statement: Json) -> Json:
+    """What the records about a statement have to say as well."""
+    return {"by": statement["requester"], "reason": statement["reason"], "freeze": statement["freeze"]}
+
+
 class Permissions:
     """Whether what a stream tells was allowed, and each resume and loosened policy approved, by the records before."""
 
@@ -354,6 +376,7 @@ class Permissions:
         self.hashes: dict[int, str] = {}  # of the records since the last freeze; the first one is that freeze
         self.request, self.void = "", False
         self.statement: Json | None = None  # what waits for approvals; void where it can be granted no more
+        self.people: set[str] = set()  # who approved that so far
         self.nonces: set[str] = set()
         self.change = ("", "", "")  # a loosened policy that was approved: from, to, and until when
         self.start_before: str | None = None
@@ -392,7 +415,7 @@ class Permissions:
                 if self.rule and body.get("change") == "loosened" and not self.adopted[2]:
                     yield APPROVAL, "a loosened policy was adopted, and nobody approved that"
             case "run.started" if self.start_before is not None:
-                self.overdue, self.start_before = self.overdue or ts > self.start_before, None
+                self.overdue, self.start_before = self.overdue or max(ts, self.latest) > self.start_before, None
             case "freeze.requested":
                 self.void = True
             case "freeze.entered":
@@ -402,6 +425,9 @@ class Permissions:
                 self.request, self.statement = str(body.get("request")), statement
                 self.void = not self._stands(statement, record, self.rule)
                 self.nonces.add(statement["nonce"])
+                self.people = set()
+            case "approval.given":
+                yield from self._given(body, ts)
             case "approval.refused" if body.get("approval") is None and body.get("request") == self.request:
                 self.statement = None
             case "resume.applied":
@@ -434,10 +460,11 @@ class Permissions:
 
     def _stands(self, statement: Json, record: Json, rule: Json) -> bool:
         """Whether what a request asks people to sign is about this freeze, and lasts no longer than allowed."""
-        about = tuple(statement[name] for name in ("freeze", "run", "requester", "policy"))
+        about = tuple(statement[name] for name in ("freeze", "run", "policy"))
         return (
             statement["nonce"] not in self.nonces
-            and about == (self.frozen, record["log"].rpartition("/")[0], record["body"].get("by"), self.policy)
+            and about == (self.frozen, record["log"].rpartition("/")[0], self.policy)
+            and all(record["body"].get(name) == value for name, value in said_of(statement).items())
             and statement["entered"] == next(iter(self.hashes.values()), "")
             and statement["head_hash"] == self.hashes.get(statement["head_seq"])
             and (statement["policy"] == statement["next_policy"]) == (statement["policy_change"] == "none")
@@ -445,6 +472,28 @@ class Permissions:
             and seconds(record["ts"], statement["not_before"]) <= 1
             and record["ts"] < statement["expires"]
         )
+
+    def _given(self, body: Json, ts: str) -> Iterator[tuple[int, str]]:
+        waits = self.statement is not None and body.get("request") == self.request
+        try:
+            if self.rule and self.owner and not waits:
+                raise ValueError("no request waited for it")
+            if self.rule and self.owner and self.statement:
+                told = approval_in(body, self.rule["people"], signed_bytes(self.statement), ts)
+                told["statement_sha256"] = hashlib.sha256(signed_bytes(self.statement)).hexdigest()
+                if any(body.get(name) != value for name, value in told.items()):
+                    raise ValueError("it says something else of itself")
+                self._may_approve(told["person"], self.people, self.statement, self.rule)
+        except ExpiredError:
+            pass  # it may have run out before the record was written; the resume by it is judged again
+        except (ValueError, TypeError, KeyError, AttributeError, InvalidSignature) as error:
+            yield APPROVAL, f"an approval was counted that does not count: {error or 'a signature is wrong'}"
+        self.people |= {str(body.get("person"))} if waits else set()
+
+    @staticmethod
+    def _may_approve(person: str, others: Iterable[str], statement: Json, rule: Json) -> None:
+        if person in others or (person == statement["requester"] and not rule["requester_may_approve"]):
+            raise ValueError(f"{person} approved twice, or asked for it")
 
     def _resumed(self, record: Json) -> Iterator[tuple[int, str]]:
         body, statement = record["body"], statement_in(record["body"].get("statement"))
@@ -476,16 +525,16 @@ class Permissions:
         body, judged = record["body"], record["body"]["judged"]
         if body["approval"] != "signed" or not re.fullmatch(TIME, judged):
             raise ValueError("nobody signed it, or it does not say when that was counted")
-        message = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-        people = [person_of(given["signature"], rule["people"], message, judged) for given in body["approvals"]]
-        if len(set(people)) < max(len(people), rule["approvals"]):
-            raise ValueError("too few people approved, or one of them twice")
-        if statement["requester"] in people and not rule["requester_may_approve"]:
-            raise ValueError("whoever asked approved as well")
-        if any(
-            statement[name] != body[told]
-            for name, told in {"freeze": "freeze", "requester": "by", "reason": "reason"}.items()
-        ):
+        message = signed_bytes(statement)
+        given = [approval_in(told, rule["people"], message, judged) for told in body["approvals"]]
+        people = [approval["person"] for approval in given]
+        for number, person in enumerate(people):
+            self._may_approve(person, people[:number], statement, rule)
+        if len(people) < rule["approvals"]:
+            raise ValueError(f"{len(people)} of {rule['approvals']} people approved")
+        told = said_of(statement) | {"disposition": statement["disposition"], "approvals": given}
+        told["statement_sha256"] = hashlib.sha256(message).hexdigest()
+        if any(body.get(name) != value for name, value in told.items()):
             raise ValueError("it is not what they signed")
         if seconds(record["ts"], judged) > 1 or (self.owner and not self.latest <= judged < statement["expires"]):
             raise ValueError("they were counted at another time than the log tells, or too late")
@@ -604,7 +653,8 @@ class Stream:
 
     def _judge(self, record: Json, place: str) -> None:
         kind, body, digest, before = record["type"], record["body"], record["policy"], self.before
-        self.tail = self.tail if kind in {"anchor.kept", "anchor.failed"} else self.seq
+        about_anchors = kind in {"anchor.kept", "anchor.failed"} and not body.get("required")
+        self.tail = self.tail if about_anchors else self.seq
         self.key = str(body.get("key")) if kind == "log.opened" else self.key
         self.unmet.discard(self.hash)
         for mark in self.marks:

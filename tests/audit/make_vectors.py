@@ -277,6 +277,15 @@ def unanchored_behind_a_head(home):
     return {"head": head}
 
 
+@vector(20, "that a required place failed stands behind what was kept, and could be cut off")
+def unanchored_required_place_failed(home):
+    log = plain(home)
+    log.keep()
+    log.add("anchor.failed", {"kind": "git", "place": "x", "size": log.seq, "reason": "full", "required": True})
+    log.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
 @vector(20, "signed to its end, and a signature beside it does not keep a tail from being cut")
 def unanchored_signed_only(home):
     log = plain(home, key=KEY)
@@ -721,8 +730,7 @@ class Person:
         self.line = f"{self.kind.decode()} {base64.b64encode(self.blob).decode()} {name}@example"
 
     def approval(self, statement, *, namespace=b"loopguard-approve@v1", touched=1):
-        message = json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
-        signed = b"SSHSIG" + packed(namespace, b"", b"sha512", hashlib.sha512(message).digest())
+        signed = b"SSHSIG" + packed(namespace, b"", b"sha512", hashlib.sha512(signed_bytes(statement)).digest())
         behind = b""
         if self.touch:
             behind = bytes([touched, 0, 0, 0, 7])
@@ -733,6 +741,10 @@ class Person:
         armored = "\n".join(["-----BEGIN SSH SIGNATURE-----", *lines, "-----END SSH SIGNATURE-----", ""])
         fingerprint = base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
         return {"person": self.name, "key": f"SHA256:{fingerprint}", "signature": armored}
+
+
+def signed_bytes(statement):
+    return json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
 def packed(*parts):
@@ -793,11 +805,13 @@ class Frozen(Log):
 
     def resume(self, statement, approvals, **changes):
         """Let it go on, by these approvals."""
+        signed = hashlib.sha256(signed_bytes(statement)).hexdigest()
         for number, approval in enumerate(approvals):
-            self.add("approval.given", {"request": "r1", "approval": f"a{number}", "of": 2, **approval})
+            body = {"request": "r1", "approval": f"a{number}", "of": 2, "statement_sha256": signed}
+            self.add("approval.given", body | approval)
         body = {"freeze": statement["freeze"], "by": statement["requester"], "reason": statement["reason"]}
         body |= {"disposition": "rollback", "approval": "signed", "statement": statement, "approvals": approvals}
-        body |= {"judged": stamp(self.now + 1), "execute_before": None}
+        body |= {"statement_sha256": signed, "judged": stamp(self.now + 1), "execute_before": None}
         self.add("resume.applied", body | changes)
 
     def end(self):
@@ -904,6 +918,26 @@ def approval_other_bytes(home):
 @vector(41, "the resume is in another name than its statement")
 def approval_other_name(home):
     return approved(home, DANA, ELI, by="mallory")
+
+
+@vector(41, "the record names another person than the one who signed")
+def approval_other_person(home):
+    log = Frozen(home)
+    statement = log.ask()
+    given = [person.approval(statement) for person in (DANA, ELI)]
+    log.resume(statement, [given[0], given[1] | {"person": "fay"}])
+    return log.end()
+
+
+@vector(41, "an approval was counted that is of nobody, and two others let the run go on")
+def approval_counted_of_a_stranger(home):
+    log = Frozen(home)
+    statement = log.ask()
+    signed = hashlib.sha256(signed_bytes(statement)).hexdigest()
+    body = {"request": "r1", "approval": "a9", "of": 2, "statement_sha256": signed}
+    log.add("approval.given", body | STRANGER.approval(statement))
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
 
 
 @vector(41, "it was judged before the records that led to it")
