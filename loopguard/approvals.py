@@ -183,7 +183,8 @@ class Approvals:
             return False
         code = told.fault(now=stamp(self._log.now()), policy=self._policy, target=target(self._dir))
         if code is not None:
-            self._refuse(RefusedError(code), request=told.pending.request)
+            more = f"the log has a time of {told.latest}; ask again after that" if code == "clock" else ""
+            self._refuse(RefusedError(code, more=more), request=told.pending.request)
         return code is not None
 
     def _granted(self) -> Consent | None:

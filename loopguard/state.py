@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
-from loopguard.audit.events import Head
+from loopguard.audit.events import Head, printable
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
@@ -563,7 +563,7 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
         raise UsageError(
             f"{run_dir} is not a run directory: it has no run.json. Name one, such as runs/toolformer"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
     if not isinstance(facts, dict) or "id" not in facts:
         raise UsageError(f"{path}: is not the description of a run; it has no id")
@@ -579,7 +579,7 @@ def _told(turn: Entry | None) -> tuple[str | None, str]:
 def _cache(run_dir: Path) -> dict[str, Any]:
     try:
         cache = json.loads((run_dir / "state.json").read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return cache if isinstance(cache, dict) else {}
 
@@ -592,9 +592,10 @@ def _contradiction(run_dir: Path) -> str:
     cache = _cache(run_dir)
     if not cache:
         return f"{path.name} cannot be read"
-    entry = read.at(run_dir, CONTROLLER, int(cache.get("seq", -1)))
+    seq = cache.get("seq")
+    entry = read.at(run_dir, CONTROLLER, seq) if type(seq) is int else None
     if entry is None or entry.hash != cache.get("hash"):
-        return f"{path.name} names record {cache.get('seq')} with a hash that the log does not have"
+        return printable(f"{path.name} names record {seq!r} with a hash that the log does not have"[:200])
     return ""
 
 
@@ -602,7 +603,7 @@ def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
         latch = json.loads((run_dir / "latch").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return unreadable
     return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
 

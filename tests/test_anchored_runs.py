@@ -78,6 +78,31 @@ def test_a_required_anchor_that_fails_freezes_at_the_next_gate(lab, tmp_path):
         lab.run(lab.build(lab.open()), cycles=1)
 
 
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ("{kind: file, path: /dev/full, required: true}", "No space left on device"),
+        ("{kind: file, path: FOLDER, required: true}", "Is a directory"),
+        ("{kind: git, repository: FOLDER, required: true}", "not a git repository"),
+    ],
+)
+def test_whatever_is_wrong_with_a_required_place_freezes(lab, tmp_path, place, why):
+    (tmp_path / "folder").mkdir()
+    under(lab, f"{{checkpoint_every: 5, anchors: [{place.replace('FOLDER', str(tmp_path / 'folder'))}]}}")
+    guard = lab.build(lab.open())
+    with pytest.raises(LoopFrozen, match=why):
+        lab.run(guard, cycles=1)
+    guard.close(finished=False)
+    assert standing(lab.run_dir).frozen
+
+
+def test_a_log_key_that_cannot_be_used_leaves_no_run_behind(lab, tmp_path, monkeypatch):
+    monkeypatch.setenv("LOOPGUARD_LOG_KEY", str(tmp_path / "none.key"))
+    with pytest.raises(UsageError, match="which is not there"):
+        lab.open()
+    assert not lab.run_dir.exists()
+
+
 def test_one_that_fails_at_the_end_keeps_the_next_start_frozen(lab, tmp_path):
     """There was no gate left to freeze at."""
     place = tmp_path / "missing" / "anchors.jsonl"
@@ -93,3 +118,4 @@ def test_an_anchor_in_the_run_directory_is_refused_before_anything_runs(lab):
     under(lab, f"{{anchors: [{{kind: file, path: {lab.run_dir}/anchors.jsonl}}]}}")
     with pytest.raises(UsageError, match="lies in the run directory"):
         lab.open()
+    assert not lab.run_dir.exists()

@@ -613,6 +613,11 @@ class TestRanks:
         assert follower.frozen
 
 
+def renamed(approvals):
+    """The same signatures, in other people's names."""
+    return [approval | {"person": "fay"} for approval in approvals]
+
+
 class TestVerify:
     """The log alone shows whether people agreed, with no policy file, no key and no run directory around it."""
 
@@ -636,6 +641,9 @@ class TestVerify:
             (lambda body: body | {"statement": body["statement"] | {"target": "b" * 64}}, "wrong_bytes"),
             (lambda body: body | {"by": "eli"}, "is not what its approvals are about"),
             (lambda body: body | {"reason": "another"}, "is not what its approvals are about"),
+            (lambda body: body | {"disposition": "accept"}, "is not what its approvals are about (disposition)"),
+            (lambda body: body | {"statement_sha256": "0" * 64}, "is not what its approvals are about (statement_sha"),
+            (lambda body: body | {"approvals": renamed(body["approvals"])}, "what its approvals are about (approvals)"),
             (lambda body: body | {"judged": "2029-01-01T00:00:00.000000Z"}, "judged at another time"),
             (lambda body: body | {"judged": "2031-01-01T00:00:00.000000Z"}, "judged at another time"),
             (lambda body: body | {"judged": "then"}, "no time of a record"),
@@ -646,11 +654,61 @@ class TestVerify:
         frozen.sign(DANA, statement)
         submit(frozen.path, "approval", by="", reason="", signature=ELI.sign(statement.signed_bytes()))
         granted = next(frozen.state.requests())
-        body = {"freeze": "f1", "by": "sam", "reason": statement.reason, **granted.consent.facts()}
-        frozen.log.append("resume.applied", lie(body))
+        body = {"freeze": "f1", "by": "sam", "reason": statement.reason, "disposition": "rollback"}
+        frozen.log.append("resume.applied", lie(body | granted.consent.facts()))
         result = verify(frozen.path)
         assert result.code == 41
         assert any(said in finding for finding in result.findings)
+
+    @pytest.mark.parametrize(
+        ("lie", "said"),
+        [
+            (lambda body: body | {"person": "fay"}, "an approval of dana says something else of its person"),
+            (lambda body: body | {"key": ELI.fingerprint}, "an approval of dana says something else of its key"),
+            (lambda body: body | {"statement_sha256": "0" * 64}, "says something else of its statement_sha256"),
+            (lambda body: body | {"signature": "made up"}, "counted that does not count (unreadable)"),
+            (lambda body: body | {"request": "another"}, "counted for a request that did not wait"),
+        ],
+    )
+    def test_an_approval_that_is_made_up_is_41(self, frozen, lie, said):
+        """Who agreed is read off the list by people who check no signature, also where the run did not go on."""
+        statement = frozen.ask()
+        body = {"request": frozen.pending.request, "approval": "a1", "person": "dana", "key": DANA.fingerprint, "of": 2}
+        body |= {"signature": DANA.sign(statement.signed_bytes()), "statement_sha256": statement.digest}
+        frozen.log.append("approval.given", lie(body))
+        result = verify(frozen.path)
+        assert result.code == 41
+        assert said in result.findings[0]
+
+    @pytest.mark.parametrize("lie", [{"reason": "nothing to see"}, {"freeze": "f0"}, {"by": "dana"}])
+    def test_a_request_that_says_something_else_than_its_statement_is_refused(self, frozen, lie):
+        """What is listed is what people sign."""
+        statement = ask(frozen.path, by="sam", reason="fine", now=frozen.clock.now())
+        asked = {"by": "sam", "reason": "fine", "freeze": "f1", **lie}
+        submit(frozen.path, "resume", **asked, statement=statement)
+        frozen.state.take_requests()
+        assert (frozen.pending, frozen.codes()) == (None, ["malformed"])
+
+    def test_a_clock_that_is_behind_the_log_says_until_when(self, frozen):
+        """Whoever asks at night has to know whether to wait for a minute or for a year."""
+        frozen.ask()
+        frozen.clock.advance(seconds=-3600)
+        frozen.ask()
+        (*_, refused) = frozen.told("approval.refused")
+        assert refused.body["code"] == "clock"
+        assert "the log has a time of 2030-01-01T00:00:00.000000Z; ask again after that" in refused.body["reason"]
+        frozen.clock.advance(seconds=3600)
+        agreed(frozen)
+        assert not frozen.state.frozen
+
+    def test_a_start_under_a_clock_that_was_set_back_is_late(self, frozen):
+        """The log knows of a later time than the start claims."""
+        agreed(frozen)
+        frozen.clock.advance(seconds=3601)
+        frozen.log.append("policy.loaded", {"name": "two", "digest": "a" * 64, "resume": frozen.rule.facts()})
+        frozen.clock.advance(seconds=-3600)
+        frozen.log.append("run.started", {})
+        assert frozen.state.overdue()
 
     def test_the_approvals_of_an_earlier_freeze_are_41(self, frozen):
         agreed(frozen)

@@ -16,10 +16,12 @@ from loopguard.audit.log import AuditLog
 from loopguard.audit.verify import verify
 from loopguard.cli.app import _main
 from loopguard.consent.statement import Statement
+from loopguard.controller import LoopGuard
 from loopguard.controller.directory import lay_out
 from loopguard.errors import LoopFrozen, PolicyMismatchError
 from loopguard.policy.load import load
 from loopguard.state import standing
+from loopguard.testing import FakeRuntime
 
 torch = pytest.importorskip("torch", reason="attach needs torch")
 torch.set_num_threads(1)
@@ -386,6 +388,36 @@ class TestALoopThatHasJustBegun:
         log.close()
 
 
+class TestARunOfAnotherPolicy:
+    """`run.json` says to which policy a run belongs, and so does its log, which cannot be edited unseen."""
+
+    def edit(self, lab, digest):
+        facts = json.loads((lab.run_dir / "run.json").read_text())
+        (lab.run_dir / "run.json").write_text(json.dumps(facts | {"policy": digest}))
+
+    def test_a_run_that_was_given_to_another_policy_by_an_editor_does_not_start(self, guarded):
+        frozen_run(guarded)
+        guarded.policy.write_text(POLICY)
+        self.edit(guarded, load(guarded.policy).digest)
+        with pytest.raises(PolicyMismatchError, match=r"run\.json names guard policy .* somebody edited it"):
+            guarded.open()
+        assert loopguard("resume", guarded.run_dir, "--by", "sam", "--reason", "fine") == 1
+        assert standing(guarded.run_dir).frozen
+
+    def test_a_start_that_died_before_it_loaded_what_it_adopted_starts_again(self, guarded):
+        frozen_run(guarded)
+        before = load(guarded.policy).digest
+        guarded.policy.write_text(TIGHTER + RESUME)
+        after = load(guarded.policy)
+        lay_out(guarded.run_dir, after, run_id="", seed=0, command=())
+        with AuditLog.open(guarded.run_dir, run_id=standing(guarded.run_dir).run, policy=before) as log:
+            log.append("policy.adopted", {"from": before, "to": after.digest, "change": "tightened"})
+        self.edit(guarded, after.digest)
+        guarded.open().close()
+        assert guarded.events("policy.loaded")[-1].body["digest"] == after.digest
+        assert verify(guarded.run_dir).findings == []
+
+
 class TestAnotherPolicy:
     """A run that resumes by approvals is loosened by approvals."""
 
@@ -454,6 +486,20 @@ class TestAnotherPolicy:
         loopguard("freeze", guarded.run_dir, "--by", "fay", "--reason", "wait")
         with pytest.raises(PolicyMismatchError, match="which asks for approvals"):
             self.adopt(guarded, path, digest)
+
+    def test_not_after_a_freeze_that_came_while_the_sandbox_started(self, guarded, tmp_path, capsys):
+        frozen_run(guarded)
+        path, digest = self.digest(tmp_path, LOOSER + RESUME)
+        self.resume(guarded, path, tmp_path, capsys)
+
+        def slow(*_):
+            assert loopguard("freeze", guarded.run_dir, "--by", "fay", "--reason", "wait") == 0
+            return FakeRuntime(lambda _: "4")
+
+        with pytest.raises(PolicyMismatchError, match="which asks for approvals"):
+            LoopGuard.from_file(path, run_dir=guarded.run_dir, adopt_policy=digest, runtimes=slow)
+        assert guarded.events("policy.adopted") == []
+        assert standing(guarded.run_dir).freeze == "f2"
 
     def test_a_tightened_one_needs_nobody(self, guarded, tmp_path, capsys):
         frozen_run(guarded)

@@ -122,7 +122,17 @@ def test_a_second_trip_while_frozen_keeps_the_first_reason(run):
     assert (state.freeze_id, state.reason) == ("f1", "loss is nan")
 
 
-@pytest.mark.parametrize("lie", [{"seq": 1, "hash": "0" * 64}, {"seq": 10**6, "hash": "0" * 64}])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"seq": 1, "hash": "0" * 64},
+        {"seq": 10**6, "hash": "0" * 64},
+        {"seq": None},
+        {"seq": "last"},
+        {"seq": float("inf")},
+        {"seq": [1]},
+    ],
+)
 def test_a_cache_that_contradicts_the_log_means_frozen(run, lie):
     run.open().remember(cycle=1)
     run.crash()
@@ -132,10 +142,11 @@ def test_a_cache_that_contradicts_the_log_means_frozen(run, lie):
     assert run.open().frozen
 
 
-def test_a_cache_that_cannot_be_read_means_frozen(run):
+@pytest.mark.parametrize("content", ["{", "[" * 100_000])
+def test_a_cache_that_cannot_be_read_means_frozen(run, content):
     run.open().remember(cycle=1)
     run.crash()
-    (run.path / "state.json").write_text("{")
+    (run.path / "state.json").write_text(content)
     assert standing(run.path).frozen
 
 

@@ -60,6 +60,8 @@ def keep(anchor: Anchor, note: str) -> str:
         return _KEEPERS[anchor.kind](anchor.place, line)
     except OSError as error:
         raise NotKeptError(f"{error.strerror or error}") from error
+    except ValueError as error:  # standard error was closed
+        raise NotKeptError(str(error)) from error
 
 
 def _to_file(place: str, line: str) -> str:
@@ -129,6 +131,8 @@ def _done(repository: Path, *words: str, given: str = "") -> subprocess.Complete
         )
     except subprocess.TimeoutExpired:
         raise NotKeptError(f"git {words[0]} took longer than {_GIT_TIMEOUT_S:g} s") from None
+    except FileNotFoundError:
+        raise NotKeptError("git is not installed, or not on PATH") from None
 
 
 def refuse_inside(run_dir: Path, anchors: Iterable[Anchor]) -> None:

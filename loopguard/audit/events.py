@@ -13,6 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from loopguard.errors import AuditError
@@ -87,7 +88,8 @@ TYPES: dict[str, str] = {
 }
 
 ABOUT_ANCHORS = frozenset({"anchor.kept", "anchor.failed"})
-"""Records that follow a checkpoint and only say where it was kept: nobody gains by cutting them off."""
+"""Records that follow a checkpoint and only say where it was kept: nobody gains by cutting them off, unless they say
+that a required place failed."""
 
 _HASH_PREFIX = b"loopguard-record-v1\n"
 _HASH_MEMBER = b',"hash":"'
@@ -95,13 +97,14 @@ _HEX64 = re.compile(r"[0-9a-f]{64}")
 _SAFE_INT = 2**53
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
-# Keys that sort before and after "hash".
-_FRONT = ("actor", "body", "boot", "cause", "cycle", "epoch")
-_BACK = ("id", "log", "mono_ns", "policy", "prev", "redacted", "seq", "ts", "type", "v")
-
+_OTHERS = ("actor", "body", "cause", "cycle", "redacted")
 _STRINGS = ("boot", "id", "log", "policy", "prev", "ts", "type", "hash")
 _COUNTS = ("epoch", "mono_ns", "seq", "v")
-_FIELDS = frozenset((*_FRONT, "hash", *_BACK))
+_FIELDS = frozenset((*_STRINGS, *_COUNTS, *_OTHERS))
+_BUT_HASH = sorted(_FIELDS - {"hash"})
+_strings, _counts, _objects, _lists = (
+    itemgetter(*names) for names in (_STRINGS, _COUNTS, ("actor", "body"), ("cause", "redacted"))
+)
 
 
 class BadLineError(ValueError):
@@ -143,7 +146,9 @@ class Entry:
 
 def encode(fields: Mapping[str, Any]) -> tuple[bytes, str]:
     """The line (with its newline) and the hash of a record given by all fields but `hash`."""
-    line = canonical({key: fields[key] for key in (*_FRONT, *_BACK)} | {"hash": ""}).encode("ascii")
+    envelope = {key: fields[key] for key in _BUT_HASH}
+    envelope["hash"] = ""
+    line = canonical(envelope).encode("ascii")
     # As in `decode`: the last match is the real one.
     at = line.rfind(_HASH_MEMBER)
     front, back = line[:at], line[at + len(_HASH_MEMBER) + 1 :]
@@ -162,8 +167,8 @@ def decode(line: bytes) -> Entry:
     if hashlib.sha256(_HASH_PREFIX + line[:at] + line[end + 1 :]).hexdigest().encode("ascii") != stated:
         raise BadLineError("was altered (its hash does not match its content)")
     try:
-        value = json.loads(line)
-    except ValueError as error:
+        value = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise BadLineError(f"is not JSON ({error})") from error
     return _entry(value)
 
@@ -177,11 +182,9 @@ def _entry(value: Any) -> Entry:
         raise BadLineError(f"does not have the fields of a record ({_field_trouble(value)})")
     if not _well_typed(value):
         raise BadLineError("has a field of the wrong type")
-    return Entry(
-        **{key: value[key] for key in (*_STRINGS, "epoch", "mono_ns", "seq", "cycle", "actor", "body")},
-        cause=tuple(value["cause"]),
-        redacted=tuple(value["redacted"]),
-    )
+    del value["v"]
+    value["cause"], value["redacted"] = tuple(value["cause"]), tuple(value["redacted"])
+    return Entry(**value)
 
 
 class UnknownFormatError(BadLineError):
@@ -195,11 +198,11 @@ def _field_trouble(value: dict[str, Any]) -> str:
 
 def _well_typed(value: dict[str, Any]) -> bool:
     return (
-        all(type(value[key]) is str for key in _STRINGS)
-        and all(type(value[key]) is int for key in _COUNTS)
+        set(map(type, _strings(value))) == {str}
+        and set(map(type, _counts(value))) == {int}
         and (value["cycle"] is None or type(value["cycle"]) is int)
-        and all(type(value[key]) is dict for key in ("actor", "body"))
-        and all(type(value[key]) is list for key in ("cause", "redacted"))
+        and set(map(type, _objects(value))) == {dict}
+        and set(map(type, _lists(value))) == {list}
     )
 
 

@@ -128,7 +128,10 @@ def keygen(name: str, *, folder: Path | None = None) -> tuple[Path, VerifierKey]
     inside a run directory: whoever may write there could sign what they wrote.
     """
     key = SigningKey.made(name)
-    home = folder if folder is not None else default_folder()
+    try:
+        home = folder if folder is not None else default_folder()
+    except RuntimeError as error:  # a user without a home, as in some containers
+        raise UsageError(f"there is no place for a key: {error}; name a folder with --out") from error
     _refuse_inside_a_run(home)
     path, public = home / KEY_FILE, home / VKEY_FILE
     if there := [file for file in (path, public) if file.exists()]:
@@ -149,12 +152,18 @@ def log_key(run_dir: Path, *, environment: Mapping[str, str] = os.environ) -> Si
     """The key that signs the log of a run: the file that LOOPGUARD_LOG_KEY names, else `log.key` in the default folder.
 
     None where the variable is empty, or where it is not set and there is no such file. Raises UsageError for a file
-    that was named and is not there, that others may read, that lies in the run directory, or that holds no key.
+    that was named and is not there (also by a link), that others may read, that lies in the run directory, or that
+    holds no key.
     """
     named = environment.get(VARIABLE)
     if named == "":
         return None
-    path = Path(named).expanduser() if named else default_folder(environment) / KEY_FILE
+    try:
+        path = Path(named).expanduser() if named else default_folder(environment) / KEY_FILE
+    except RuntimeError as error:  # a user without a home, as in some containers
+        if named:
+            raise UsageError(f"{VARIABLE} names {named}, which leads nowhere: {error}") from error
+        return None
     try:
         with path.open(encoding="utf-8") as file:
             mode, text = os.fstat(file.fileno()).st_mode, file.read(4096)
@@ -162,6 +171,11 @@ def log_key(run_dir: Path, *, environment: Mapping[str, str] = os.environ) -> Si
         if named:
             raise UsageError(
                 f"{VARIABLE} names {path}, which is not there; correct it, or empty it to sign nothing"
+            ) from None
+        if path.is_symlink():  # a volume with keys that is not mounted
+            raise UsageError(
+                f"the log key {path} is a link to {path.readlink()}, which is not there; bring it back, or take the "
+                f"link away to sign nothing"
             ) from None
         return None
     except (OSError, UnicodeDecodeError) as error:

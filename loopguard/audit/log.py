@@ -41,7 +41,7 @@ from loopguard.audit.events import (
     encode,
     plain,
 )
-from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, RunBusyError
+from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, LoopGuardError, RunBusyError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -421,10 +421,18 @@ class AuditLog:
             self._put(_fields(name, body, cycle=None, cause=()), sync=False)
         if self._anchors:
             self._sync_up_to(self._head.seq)
-        if lost and self._on_lost_anchor is not None:
-            self._on_lost_anchor("; ".join(lost))
-        elif lost:
-            self._trouble = "; ".join(lost)
+        if lost:
+            self._lose("; ".join(lost))
+
+    def _lose(self, reason: str) -> None:
+        """Have the run stopped; where that fails or nobody can, the log stops it."""
+        if self._on_lost_anchor is None:
+            self._trouble = reason
+            return
+        try:
+            self._on_lost_anchor(reason)
+        except LoopGuardError as error:
+            self._trouble = f"{reason}, and the run could not be stopped for it: {error}"
 
     # -- writing; the write lock is held ---------------------------------------------------------------------------
 
@@ -468,7 +476,7 @@ class AuditLog:
             "log": self.log,
             "seq": self._head.seq + 1,
             "epoch": self._epoch,
-            "ts": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "ts": (now if now.tzinfo is UTC else now.astimezone(UTC)).isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "mono_ns": self._clock.monotonic_ns(),
             "boot": self._boot,
             "id": _uuid7(now),
@@ -638,7 +646,8 @@ def _refuse_other_checkpoint(path: Path, chain: verify.Chain) -> None:
     try:
         found = notes.Note.parse(notes.read(path)).checkpoint
     except notes.BadNoteError as error:
-        raise AuditTamperedError(f"{path} {error}. `loopguard audit verify` says more") from error
+        way_out = "Where a disk damaged it, move it to a folder of its own: the log goes on, and says less of its past"
+        raise AuditTamperedError(f"{path} {error}. `loopguard audit verify` says more. {way_out}") from error
     if chain.tree is None or found != notes.Checkpoint(str(chain.log), chain.tree.size, chain.tree.root()):
         tail = "they were changed and hashed anew, or it was. `loopguard audit verify` says more"
         raise AuditTamperedError(f"{path} does not stand for the records before {chain.head.seq + 1}: {tail}")
@@ -829,8 +838,8 @@ def _fields(
         "type": name,
         "body": plain(dict(body or {})),
         "cycle": cycle,
-        "cause": plain(list(cause), place="cause"),
-        "actor": plain(dict(actor or _LOOP_ACTOR), place="actor"),
+        "cause": plain(list(cause), place="cause") if cause else [],
+        "actor": plain(dict(actor), place="actor") if actor else _LOOP_ACTOR,
     }
 
 

@@ -229,7 +229,7 @@ def holder(descriptor: int) -> Holder:
     try:
         facts = json.loads(os.pread(descriptor, 4096, 0))
         return Holder(int(facts["pid"]), str(facts["since"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return Holder(0, "a moment ago")  # it took the lock and has not written yet
 
 

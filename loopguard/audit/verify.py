@@ -168,12 +168,18 @@ def verify(
     run_dir = Path(run_dir)
     trusted = keyring.trusted(keys)
     lead = stream or read.CONTROLLER
-    names = [lead] if stream else [lead, *(name for name in read.streams(run_dir) if name != lead)]
+    names, trouble = [lead], None
+    try:
+        names += [name for name in read.streams(run_dir) if name != lead] if stream is None else []
+    except OSError as error:
+        trouble = f"{error.filename or run_dir}: {error.strerror}"
     marks = _kept(run_dir, names, anchors, trusted)
     marks[lead] += _expected(expect_head)
     audits = [_Audit(run_dir, name, marks[name], trusted) for name in names]
     others = {audit.stream: audit for audit in audits[1:]}
     audits[0].leads = True
+    if trouble is not None:
+        audits[0].find(UNREADABLE, trouble)
     _run(audits[0], others, alone=stream is not None)
     return _result([audits[0], *others.values()], trusted)
 
@@ -239,15 +245,14 @@ def _mark_of(kept: places.Kept, trusted: Sequence[keyring.VerifierKey]) -> _Mark
 
 def _log_of(run_dir: Path, stream: str) -> str:
     """The name that all records of a stream carry, by `run.json`, or by the log itself where there is none."""
-    run = None
     with contextlib.suppress(OSError):  # the verification of the stream says so
         run = _json(run_dir / "run.json").get("id")
-    if isinstance(run, str):
-        return f"{run}/{stream}"
-    for path in read.segments(run_dir, stream):
-        with contextlib.suppress(OSError, BadLineError):
-            for line in read.raw_lines(path):
-                return decode(line.data).log
+        if isinstance(run, str):
+            return f"{run}/{stream}"
+        for path in read.segments(run_dir, stream):
+            with contextlib.suppress(BadLineError):
+                for line in read.raw_lines(path):
+                    return decode(line.data).log
     return f"/{stream}"
 
 
@@ -280,7 +285,7 @@ class Chain:
         except BadLineError as error:
             return None, self._unreadable(line, str(error))
         self.records += 1
-        finding = self._placed(entry, line.place)
+        finding = self._placed(entry, line)
         if finding is not None:
             self.tree = None
         elif self.tree is not None:
@@ -296,36 +301,37 @@ class Chain:
         self._seq, self._prev, self.tree = self._seq + 1, None, None
         return Finding(TAMPER, f"{line.place}: record {self._seq} {why}")
 
-    def _placed(self, entry: Entry, place: str) -> Finding | None:
+    def _placed(self, entry: Entry, line: read.Line) -> Finding | None:
         if self.log is None and entry.log.endswith(f"/{self._stream}"):
             self.log = entry.log
         if entry.log != self.log:
             home = self.log or f"a stream {self._stream!r}"
-            return Finding(SPLICE, printable(f"{place}: record {entry.seq} belongs to {entry.log}, not to {home}"))
+            return Finding(SPLICE, printable(f"{line.place}: record {entry.seq} belongs to {entry.log}, not to {home}"))
         expected = self._seq + 1
         if entry.seq > expected:
             gone = f"record {expected} is" if entry.seq == expected + 1 else f"records {expected}-{entry.seq - 1} are"
-            return Finding(TAMPER, f"{place}: record {entry.seq} stands where {expected} belongs; {gone} gone")
+            return Finding(TAMPER, f"{line.place}: record {entry.seq} stands where {expected} belongs; {gone} gone")
         if entry.seq < expected:
-            return self._again(entry, place)
+            return self._again(entry, line)
         if self._prev is not None and entry.prev != self._prev:
             return Finding(
-                TAMPER, f"{place}: record {entry.seq} does not follow record {entry.seq - 1} (its prev differs)"
+                TAMPER, f"{line.place}: record {entry.seq} does not follow record {entry.seq - 1} (its prev differs)"
             )
         if entry.epoch < self._epoch:
             return Finding(
                 FORK,
-                f"{place}: record {entry.seq} goes back from epoch {self._epoch} to {entry.epoch}: old state wrote on",
+                f"{line.place}: record {entry.seq} goes back from epoch {self._epoch} to {entry.epoch}: "
+                "old state wrote on",
             )
         return None
 
-    def _again(self, entry: Entry, place: str) -> Finding:
+    def _again(self, entry: Entry, line: read.Line) -> Finding:
         self._looks += 1
         if self._looks <= _MOST_LOOKS and self._twins(entry.seq) - {entry.hash}:
             return Finding(
-                FORK, f"{place}: there are two different records {entry.seq}: two writers, or a restored copy"
+                FORK, f"{line.place}: there are two different records {entry.seq}: two writers, or a restored copy"
             )
-        return Finding(TAMPER, f"{place}: record {entry.seq} stands behind record {self._seq}: moved or repeated")
+        return Finding(TAMPER, f"{line.place}: record {entry.seq} stands behind record {self._seq}: moved or repeated")
 
 
 def twins(run_dir: Path, stream: str) -> Callable[[int], set[str]]:
@@ -443,9 +449,9 @@ def _span(body: Any) -> tuple[int, int] | None:
 def _run(lead: _Audit, others: dict[str, _Audit], *, alone: bool) -> None:
     """Read the first stream, and the others beside it: each up to where the first one says that it stood."""
     with lead.reading():
-        for entry, place in lead.walk():
+        for entry, line in lead.walk():
             if entry.type == "streams.committed" and not alone and not lead.broken:
-                _commit(lead, others, entry, place)
+                _commit(lead, others, entry, line.place)
     for other in others.values():
         other.finish()
     lead.finish()
@@ -557,8 +563,8 @@ class _Audit:
         self._beside: dict[int, Path] = {}
         self._steps = self._read()
 
-    def walk(self) -> Iterator[tuple[Entry, str]]:
-        """Every record, each judged before it is handed out, with its place."""
+    def walk(self) -> Iterator[tuple[Entry, read.Line]]:
+        """Every record, each judged before it is handed out, with its line."""
         return self._steps
 
     def committed(self, head: Head, origin: str) -> None:
@@ -607,7 +613,7 @@ class _Audit:
         except OSError as error:
             self.find(UNREADABLE, f"{error.filename or self._folder}: {error.strerror}")
 
-    def _read(self) -> Iterator[tuple[Entry, str]]:
+    def _read(self) -> Iterator[tuple[Entry, read.Line]]:
         # Before the records: a checkpoint that a living writer adds meanwhile must not seem to know of too many.
         self._expect_beside()
         paths = read.segments(self.run_dir, self.stream)
@@ -678,7 +684,7 @@ class _Audit:
             signed=self.signed_to,
         )
 
-    def _segment(self, path: Path, *, is_last: bool) -> Iterator[tuple[Entry, str]]:
+    def _segment(self, path: Path, *, is_last: bool) -> Iterator[tuple[Entry, read.Line]]:
         self.segments += 1
         first = True
         for line in read.raw_lines(path):
@@ -693,7 +699,7 @@ class _Audit:
             entry = self._line(line, names_segment=first)
             first = False
             if entry is not None:
-                yield entry, line.place
+                yield entry, line
         if first and not is_last:
             self.find(TAMPER, f"{path}: the segment is empty")
 
@@ -711,7 +717,8 @@ class _Audit:
         return entry
 
     def _told(self, entry: Entry, place: str) -> None:
-        if entry.type not in ABOUT_ANCHORS:
+        # Whoever cut off that a required place failed would hide why the run froze.
+        if entry.type not in ABOUT_ANCHORS or entry.body.get("required"):
             self.tail = entry.seq
         if entry.type == "log.opened":
             self._opened(entry)
@@ -860,6 +867,6 @@ def _digest(path: Path) -> str:
 def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -37,6 +37,9 @@ CLOCK_SLACK_S = 1.0
 """A clock that is set while it runs jumps back by less than this, and nothing lives that shortly."""
 
 _ACTS = ("cycle.started", "update.leased", "data.admitted")
+# Of a log nearly all is about something else, and is to cost no more than these two looks.
+_TAKEN = frozenset(TYPES)
+_JUDGED = frozenset(("approval.given", "resume.applied", "policy.adopted", "policy.loaded", *_ACTS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +116,13 @@ class Book:
 
     def feed(self, entry: Entry) -> None:
         """Take a record in."""
+        if entry.type in _TAKEN:
+            self._take(entry)
+            self._tick(entry.ts)
+        if self.freeze is not None and self.rule is not None:
+            self._hashes[entry.seq] = entry.hash
+
+    def _take(self, entry: Entry) -> None:
         body = entry.body
         match entry.type:
             case "policy.loaded":
@@ -120,7 +130,8 @@ class Book:
             case "policy.adopted":
                 self._adopted = str(body.get("from")), str(body.get("to")), self._agreed(entry)
             case "run.started" if self._start_before is not None:
-                if entry.ts > self._start_before:
+                # The later of both: a clock that was set back makes nothing last longer.
+                if max(entry.ts, self.latest) > self._start_before:
                     self._overdue = self._start_before
                 self._start_before = None
             case "freeze.requested":
@@ -140,15 +151,17 @@ class Book:
                 self._refuse(body)
             case _:
                 pass  # every other record is about something else
-        if entry.type in TYPES:
-            self._tick(entry.ts)
-        if self.freeze is not None and self.rule is not None:
-            self._hashes[entry.seq] = entry.hash
 
     @property
     def overdue(self) -> str | None:
         """Until when the run should have been started after its resume, where it was started later."""
         return self._overdue
+
+    def belongs_to(self, policy: str) -> bool:
+        """Whether the run is under this guard policy, or was just about to be; of an empty log anything is true."""
+        if self._adopted is not None and self._adopted[:2] == (self.policy, policy):
+            return True
+        return self.policy in ("", policy)
 
     def may_adopt(self, old: str, new: str, *, now: str) -> str | None:
         """Hash of the record by which people agreed to this change of policy; None where nobody did, or long ago."""
@@ -197,7 +210,12 @@ class Book:
 
         The log of a rank that follows holds the resumes without what led to them.
         """
+        return self._troubles(entry, owner=owner) if entry.type in _JUDGED else iter(())
+
+    def _troubles(self, entry: Entry, *, owner: bool) -> Iterator[str]:
         match entry.type:
+            case "approval.given" if self.rule is not None and owner:
+                yield from self._approval_troubles(entry)
             case "resume.applied" if self.rule is not None:
                 yield from self._resume_troubles(entry, self.rule, owner=owner)
             case "policy.adopted" if self.rule is not None and entry.body.get("change") == "loosened":
@@ -247,7 +265,11 @@ class Book:
             return "other_freeze"
         if statement.entered != entered:
             return "new_trip"
-        if statement.run != entry.log.rpartition("/")[0] or statement.requester != entry.body.get("by"):
+        if _earlier(entry.ts, self.latest):
+            return "clock"  # before anything that asks what time it is
+        told = tuple(entry.body.get(name) for name in ("by", "reason", "freeze"))
+        asks = (statement.requester, statement.reason, statement.freeze)
+        if statement.run != entry.log.rpartition("/")[0] or asks != told:
             return "malformed"
         window_s = (_moment(statement.expires) - _moment(statement.not_before)).total_seconds()
         if not 0 < window_s <= rule.within_s or _earlier(entry.ts, statement.not_before):
@@ -305,6 +327,22 @@ class Book:
                 return "other_freeze" if statement.freeze != self.pending.statement.freeze else "superseded"
         return "wrong_bytes"
 
+    def _approval_troubles(self, entry: Entry) -> Iterator[str]:
+        """A list of who agreed is read by people who check no signature."""
+        body = entry.body
+        if self.pending is None or body.get("request") != self.pending.request:
+            yield "an approval was counted for a request that did not wait"
+            return
+        try:
+            given = self.judge(str(body.get("signature")), now=entry.ts)
+        except RefusedError as error:
+            # A key may run out before the record is written; who lets the run go on by it is judged again.
+            if error.code != "key_expired":
+                yield f"an approval was counted that does not count ({error.code}): {error}"
+            return
+        told = {**given.facts(), "statement_sha256": self.pending.statement.digest}
+        yield from (f"an approval of {given.person} says something else of its {name}" for name in _lies(body, told))
+
     def _resume_troubles(self, entry: Entry, rule: Rule, *, owner: bool) -> Iterator[str]:
         body = entry.body
         freeze, by = body.get("freeze"), body.get("by")
@@ -313,15 +351,21 @@ class Book:
             return
         try:
             statement, judged = Statement.read(body.get("statement")), read_time(body.get("judged"))
-            count(rule, statement, body.get("approvals"), now=judged)
+            counted = count(rule, statement, body.get("approvals"), now=judged)
         except RefusedError as error:
             yield f"the resume of {freeze} names an approval that does not count ({error.code}): {error}"
             return
         except ValueError as error:
             yield f"the resume of {freeze} names no statement that people could sign: {error}"
             return
-        if (statement.freeze, statement.requester, statement.reason) != (freeze, by, body.get("reason")):
-            yield f"the resume of {freeze} is not what its approvals are about"
+        told = {
+            "by": statement.requester,
+            **{name: getattr(statement, name) for name in ("freeze", "reason", "disposition")},
+            "statement_sha256": statement.digest,
+            "approvals": [approval.facts() for approval in counted],
+        }
+        if lies := _lies(body, told):
+            yield f"the resume of {freeze} is not what its approvals are about ({', '.join(lies)})"
         if _earlier(entry.ts, judged) or (owner and judged < self.latest):
             yield f"the approvals of {freeze} were judged at another time than the log tells"
         if owner and (self.pending is None or self.pending.statement != statement):
@@ -375,6 +419,11 @@ def later(moment: str, seconds: float) -> str:
         return stamp(_moment(moment) + timedelta(seconds=seconds))
     except OverflowError:
         return stamp(datetime.max.replace(tzinfo=UTC))
+
+
+def _lies(body: Mapping[str, Any], told: Mapping[str, Any]) -> list[str]:
+    """The members of a record that are not what they have to be."""
+    return [name for name, value in told.items() if body.get(name) != value]
 
 
 def _rule(body: Mapping[str, Any]) -> Rule | None:

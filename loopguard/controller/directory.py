@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard import __version__
 from loopguard.approvals import book
-from loopguard.audit.anchors import Anchor
+from loopguard.audit.anchors import Anchor, refuse_inside
+from loopguard.audit.keys import log_key
 from loopguard.consent.sshsig import stamp
 from loopguard.errors import PolicyMismatchError, UsageError
 from loopguard.notify import Command, Notifier, Webhook, command, key_from
@@ -86,6 +87,9 @@ def check(
     run_dir: Path, loaded: LoadedPolicy, *, adopt_policy: str | None, by: str | None, reason: str | None
 ) -> dict[str, Any] | None:
     """Whether this directory may be used under this policy; the body of `policy.adopted` where it changes hands."""
+    # Before anything is laid out: the log could not be opened with them.
+    refuse_inside(run_dir, anchors(loaded.policy))
+    log_key(run_dir)
     if not (run_dir / "run.json").exists():
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UsageError(f"{run_dir} holds something else than a run: name a new directory with --run-dir")
@@ -97,6 +101,16 @@ def check(
             f"directory. `loopguard init --from-run {run_dir}` writes a policy for it"
         )
     old = str(facts["policy"])
+    told = book(run_dir)
+    if not told.belongs_to(old):
+        raise PolicyMismatchError(
+            [
+                (
+                    f"{run_dir}/run.json names guard policy {old[:12]}, and the log of the run {told.policy[:12]}: "
+                    f"somebody edited it. Put {told.policy} back"
+                )
+            ]
+        )
     if old == loaded.digest:
         return None
     if adopt_policy is None or adopt_policy != loaded.digest:

@@ -178,6 +178,9 @@ class LoopGuard:
         try:
             cells.report_to(log)
             if adopted:
+                # Once more, now that nobody else can write: a freeze may have come in between, or the time run out.
+                adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
+            if adopted:
                 log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
                 directories.set_policy(directory, loaded.digest)
             log.append("policy.loaded", directories.loaded_facts(loaded))

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import threading
 
 import pytest
@@ -18,7 +19,7 @@ from loopguard.audit.anchors import Anchor, NotKeptError
 from loopguard.audit.keys import VerifierKey, keygen
 from loopguard.audit.tree import Tree
 from loopguard.audit.verify import verify
-from loopguard.errors import AuditTamperedError, AuditWriteError, UsageError
+from loopguard.errors import AuditTamperedError, AuditWriteError, DiskError, UsageError
 
 
 @pytest.fixture
@@ -341,6 +342,46 @@ class TestAnchors:
             log.append("note.added")
         log.close()
 
+    def test_a_run_that_cannot_be_stopped_for_one_records_nothing_more(self, run_dir, tmp_path):
+        """Where not even a latch fits on the disk."""
+
+        def full(_):
+            raise DiskError("latch could not be written: No space left on device")
+
+        broken = Anchor(kind="file", place=str(tmp_path / "missing" / "x"), required=True)
+        log = open_log(run_dir, anchors=[broken], on_lost_anchor=full)
+        log.append("run.finished")
+        with pytest.raises(AuditWriteError, match="the run could not be stopped for it: latch could not be written"):
+            log.append("note.added")
+        log.close()
+
+    def test_that_a_required_one_failed_cannot_be_cut_off_unseen(self, run_dir, tmp_path):
+        """Beside another place that did keep the checkpoint."""
+        works = Anchor(kind="file", place=str(tmp_path / "works.jsonl"))
+        broken = Anchor(kind="file", place=str(tmp_path / "missing" / "x"), required=True)
+        open_log(run_dir, anchors=[works, broken], on_lost_anchor=lambda _: None).close()
+        assert types(run_dir)[-1] == "anchor.failed"
+        assert verify(run_dir, anchors=[tmp_path / "works.jsonl"]).status == "unanchored"
+
+    @pytest.mark.parametrize(
+        ("place", "why"), [("/dev/full", "No space left on device"), ("{tmp_path}", "Is a directory")]
+    )
+    def test_why_a_file_took_nothing_is_said(self, tmp_path, place, why):
+        with pytest.raises(NotKeptError, match=why):
+            anchors.keep(Anchor(kind="file", place=place.format(tmp_path=tmp_path)), "a\n1\n\n")
+
+    def test_a_machine_without_git_says_so(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(NotKeptError, match="git is not installed"):
+            anchors.keep(Anchor(kind="git", place=str(tmp_path)), "a\n1\n\n")
+
+    def test_a_standard_error_that_was_closed_keeps_nothing(self, tmp_path, monkeypatch):
+        closed = (tmp_path / "stderr").open("w")
+        closed.close()
+        monkeypatch.setattr(sys, "stderr", closed)
+        with pytest.raises(NotKeptError, match="closed file"):
+            anchors.keep(Anchor(kind="print"), "a\n1\n\n")
+
     def test_one_in_the_run_directory_is_refused(self, run_dir, tmp_path):
         """Also by way of a link, and also when it is read."""
         (tmp_path / "link").symlink_to(run_dir)
@@ -437,3 +478,16 @@ class TestOpening:
         (run_dir / "audit/controller/checkpoints/11.note").write_text("run-a/controller\n11\n")
         with pytest.raises(AuditTamperedError, match="is not a checkpoint"):
             open_log(run_dir)
+
+    @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff", b"x" * 70_000])
+    def test_and_its_way_out_is_said_and_leads_out(self, run_dir, tmp_path, content):
+        """What a broken disk left of a note must not keep a healthy run shut."""
+        plain_log(run_dir)
+        damaged = run_dir / "audit/controller/checkpoints/11.note"
+        damaged.write_bytes(content)
+        with pytest.raises(AuditTamperedError, match="Where a disk damaged it, move it to a folder of its own"):
+            open_log(run_dir)
+        assert verify(run_dir).status == "tamper"
+        damaged.rename(tmp_path / "11.note")
+        open_log(run_dir).close()
+        assert verify(run_dir).status == "unanchored"

@@ -214,6 +214,23 @@ class TestFinding:
         with pytest.raises(UsageError, match="LOOPGUARD_LOG_KEY names .*, which is not there"):
             self.find(tmp_path, LOOPGUARD_LOG_KEY=str(tmp_path / "none.key"))
 
+    def test_a_link_that_leads_nowhere_is_an_error(self, tmp_path):
+        """The volume with the keys is not mounted: a log that should be signed is never quietly not signed."""
+        (tmp_path / "config/loopguard").mkdir(parents=True)
+        (tmp_path / "config/loopguard/log.key").symlink_to(tmp_path / "volume/log.key")
+        with pytest.raises(UsageError, match=r"is a link to .*volume/log\.key, which is not there"):
+            self.find(tmp_path, XDG_CONFIG_HOME=str(tmp_path / "config"))
+
+    def test_a_user_without_a_home_has_no_key(self, tmp_path, monkeypatch):
+        """As in some containers; the log opens all the same."""
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(os, "getuid", lambda: 2**31 - 5)
+        assert self.find(tmp_path) is None
+        with pytest.raises(UsageError, match="which leads nowhere"):
+            self.find(tmp_path, LOOPGUARD_LOG_KEY="~/log.key")
+        with pytest.raises(UsageError, match="name a folder with --out"):
+            keygen("gpu7")
+
     @pytest.mark.parametrize("mode", [0o640, 0o604, 0o620])
     def test_a_key_that_others_may_use_is_an_error(self, tmp_path, mode):
         path, _ = keygen("gpu7", folder=tmp_path / "keys")

@@ -378,20 +378,20 @@ class TestProtocol:
         return run_dir
 
     @pytest.mark.parametrize(
-        ("change", "finding"),
+        ("kind", "finding"),
         [
-            (drop("tool.decided"), "call 'c0-0' ran without a decision that allows it"),
-            (drop("promotion.decided"), "a promotion was applied without a decision that allows it"),
-            (drop("update.leased"), "updates 1-16 were applied outside a lease (there is no lease)"),
-            (drop("resume.applied"), "data was admitted while frozen (f1)"),
-            (drop("resume.applied"), "updates were applied while frozen (f1)"),
-            (drop("resume.applied"), "a promotion was applied while frozen (f1)"),
-            (drop("freeze.entered"), "a resume where nothing was frozen"),
+            ("tool.decided", "call 'c0-0' ran without a decision that allows it"),
+            ("promotion.decided", "a promotion was applied without a decision that allows it"),
+            ("update.leased", "updates 1-16 were applied outside a lease (there is no lease)"),
+            ("resume.applied", "data was admitted while frozen (f1)"),
+            ("resume.applied", "updates were applied while frozen (f1)"),
+            ("resume.applied", "a promotion was applied while frozen (f1)"),
+            ("freeze.entered", "a resume where nothing was frozen"),
         ],
         ids=["tool", "promotion", "lease", "admitted", "applied", "promoted", "resume"],
     )
-    def test_a_record_that_was_forged_away_leaves_a_hole(self, forged, change, finding):
-        rewrite(forged, change)
+    def test_a_record_that_was_forged_away_leaves_a_hole(self, forged, kind, finding):
+        rewrite(forged, drop(kind))
         result = verify(forged)
         assert result.status == "protocol"
         assert any(finding in text for text in result.findings), result.findings
@@ -515,3 +515,32 @@ class TestSurroundings:
         lines = path.read_bytes().splitlines(keepends=True)
         path.write_bytes(b"".join(line for line in lines if b"tool.decided" not in line))
         assert verify(tmp_path / "run").status == "tamper"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{}", '{"id": 7}'])
+@pytest.mark.parametrize("name", ["run.json", "state.json"])
+def test_no_file_beside_the_log_is_an_exception(tmp_path, name, content):
+    """They are caches and labels: what they say may contradict the log, and no more."""
+    plain_log(tmp_path / "run")
+    (tmp_path / "run" / name).write_text(content)
+    assert verify(tmp_path / "run").status == "unanchored"
+
+
+def test_a_folder_where_a_file_belongs_is_unreadable(tmp_path):
+    plain_log(tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink(missing_ok=True)
+    (tmp_path / "run" / "run.json").mkdir()
+    assert verify(tmp_path / "run").status == "unreadable"
+
+
+def test_a_record_that_is_nested_without_end_is_tamper(tmp_path):
+    """Its hash is right, and no reader of JSON reads it."""
+    plain_log(tmp_path / "run")
+    path = read.segments(tmp_path / "run")[0]
+    line = path.read_bytes().splitlines()[0]
+    at = line.index(b',"boot"')
+    forged = line[:at] + b',"bodz":' + b"[" * 100_000 + line[at:]
+    at = forged.rindex(b',"hash":"')
+    digest = hashlib.sha256(b"loopguard-record-v1\n" + forged[:at] + forged[at + 74 :]).hexdigest().encode()
+    path.write_bytes(forged[: at + 9] + digest + forged[at + 73 :] + b"\n")
+    assert "is not JSON" in verify(tmp_path / "run").findings[0]
