@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from loopguard.controller import LoopGuard
 from loopguard.integrations.torch.digest import sha256
@@ -187,7 +187,9 @@ def trainer(folder: Path, *, steps: int, tokens: int, fused: bool) -> Trainer:
         use_cpu=True,
         dataloader_pin_memory=False,
     )
-    return Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    made = Trainer(model=model, args=arguments, train_dataset=[{"input_ids": row, "labels": row} for row in rows])
+    made.remove_callback(PrinterCallback)
+    return made
 
 
 def measure(*, steps: int, tokens: int, fused: bool) -> dict[str, Any]:

@@ -101,10 +101,12 @@ def make_trainer(guard):
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     prompts = [{"prompt": [{"role": "user", "content": f"what is {i} and {i}?"}]} for i in range(UPDATES)]
+    tools = [guard.tool(add)]
+    rewards = [guard.wrap_reward(letters)]
     return CallsFirst(
         model=Qwen2ForCausalLM(Qwen2Config(**shape, **heads, **ends)),
-        tools=[guard.tool(add)],
-        reward_funcs=[guard.wrap_reward(letters)],
+        tools=tools,
+        reward_funcs=rewards,
         args=GRPOConfig(
             output_dir=f"{options.run_dir}-checkpoints",
             per_device_train_batch_size=GROUP,
