@@ -476,7 +476,7 @@ class AuditLog:
             "log": self.log,
             "seq": self._head.seq + 1,
             "epoch": self._epoch,
-            "ts": (now if now.tzinfo is UTC else now.astimezone(UTC)).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "ts": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
             "mono_ns": self._clock.monotonic_ns(),
             "boot": self._boot,
             "id": _uuid7(now),
