@@ -64,7 +64,8 @@ class Attached(TrainerCallback):  # type: ignore[misc]
         return {}, ()
 
     def _around_train(self, inner: Any, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError
+        """All of `train()`."""
+        return inner(*args, **kwargs)
 
     def _batch(self, inputs: Any, num_items_in_batch: Any) -> None:
         """A batch is about to be trained on."""
