@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from loopguard.audit import read
 from loopguard.consent.book import TYPES, Approval, Book, count, later
 from loopguard.consent.sshsig import stamp
-from loopguard.consent.statement import NOTHING, Code, PolicyChange, RefusedError, Statement
+from loopguard.consent.statement import Code, PolicyChange, RefusedError, Statement
 from loopguard.errors import SnapshotError, UsageError
-from loopguard.snapshots import SnapshotStore
+from loopguard.snapshots import SnapshotStore, capsule_digest
+from loopguard.types import NOTHING, ROLL_BACK, WayOn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from loopguard.audit.log import AuditLog
+    from loopguard.types import Disposition
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,8 +64,13 @@ def book(run_dir: Path, *, stream: str = read.CONTROLLER) -> Book:
     return found
 
 
-def target(run_dir: Path) -> str:
-    """The snapshot that a run goes on from, or "nothing"; the empty string where nobody can say, which fits nothing."""
+def target(run_dir: Path, *, freeze: str, disposition: Disposition) -> str:
+    """What a run goes on from: a snapshot, "nothing", or with `accept` the capsule of the freeze, by its digest.
+
+    The empty string where nobody can say, which fits nothing.
+    """
+    if disposition == "accept":
+        return capsule_digest(run_dir / "freezes" / freeze) or ""
     try:
         promoted = SnapshotStore(run_dir / "snapshots").promoted()
     except SnapshotError:
@@ -79,11 +86,12 @@ def ask(
     now: datetime,
     next_policy: str | None = None,
     change: PolicyChange = "none",
+    way: WayOn = ROLL_BACK,
 ) -> Statement:
     """What people have to sign so that this run may go on, as it stands now.
 
     `next_policy` is the digest of another guard policy that the run is to go on under, `change` what that one is.
-    Raises UsageError where the run is not frozen by its log or resumes without approvals.
+    Raises UsageError where the run is not frozen by its log, resumes without approvals, or cannot go on in that way.
     """
     told = book(run_dir)
     if told.rule is None:
@@ -93,7 +101,7 @@ def ask(
     head = read.last(run_dir)
     entered = list(read.entries(run_dir, types=("freeze.entered",)))[-1]
     assert head is not None
-    if not (goes_to := target(run_dir)):
+    if not (goes_to := target(run_dir, freeze=told.freeze, disposition=way.disposition)):
         raise UsageError(
             f"{run_dir}/snapshots/promoted.json cannot be read: nobody can say what the run would go back to"
         )
@@ -104,8 +112,10 @@ def ask(
         entered=entered.hash,
         head_seq=head.seq,
         head_hash=head.hash,
-        disposition="rollback",
+        disposition=way.disposition,
         target=goes_to,
+        waives=way.waives,
+        waives_cycles=way.waives_cycles,
         policy=told.policy,
         policy_change=change,
         next_policy=next_policy or told.policy,
@@ -181,7 +191,9 @@ class Approvals:
         told = self.book()
         if told.pending is None:
             return False
-        code = told.fault(now=stamp(self._log.now()), policy=self._policy, target=target(self._dir))
+        asked = told.pending.statement
+        goes_to = target(self._dir, freeze=asked.freeze, disposition=asked.disposition)
+        code = told.fault(now=stamp(self._log.now()), policy=self._policy, target=goes_to)
         if code is not None:
             more = f"the log has a time of {told.latest}; ask again after that" if code == "clock" else ""
             self._refuse(RefusedError(code, more=more), request=told.pending.request)

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("loopguard.notify")
 
-EVENTS = ("freeze.entered", "resume.requested", "resume.applied", "run.finished", "run.interrupted")
+EVENTS = ("freeze.entered", "resume.requested", "resume.applied", "run.halted", "run.finished", "run.interrupted")
 """The types of records that people can be told of."""
 _RECORDS = (*EVENTS, "policy.loaded", "notify.sent", "notify.failed")
 
@@ -69,7 +69,7 @@ _OWN: dict[str, frozenset[str]] = {
     "data": frozenset({"kept_share", "mean_gain", "recheck", "quarantined_share"}),
     "promotion": frozenset({"missing", "domain", "change", "eprocess", "unjudged", "denied"}),
     "tool": frozenset({"rate"}),
-    "operator": frozenset({"request", "overdue"}),
+    "operator": frozenset({"request", "overdue", "hold"}),
     "audit": frozenset({"snapshot", "cache"}),
 }
 """Rules whose reasons are sentences of ours over numbers and words of the policy, or of the person who asked. Any other
@@ -99,6 +99,8 @@ def event(entry: Entry, *, run_dir: Path) -> dict[str, Any]:
             told = _asked(entry.body, shlex.quote(name))
         case "resume.applied":
             told = {key: _cut(entry.body.get(key)) for key in ("freeze", "by", "reason", "disposition", "approval")}
+        case "run.halted":
+            told = {key: _cut(entry.body.get(key)) for key in ("freeze", "by", "reason", "because")}
         case _:
             told = {"cycles": entry.body.get("cycles")}
     # Whoever keeps what he was told has an anchor of the log in it.

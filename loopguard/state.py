@@ -24,9 +24,10 @@ from loopguard.consent.book import Book, count, later
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import write_synced
+from loopguard.types import NOTHING, ROLL_BACK, WayOn
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loopguard.approvals import Consent
     from loopguard.audit.events import Entry
@@ -37,11 +38,15 @@ if TYPE_CHECKING:
 CONTROLLER = "controller"
 """The stream of the process that owns the run."""
 
+HaltCause = Literal["decision", "budget"]
 RequestKind = Literal["freeze", "resume", "approval", "note"]
-_TURNS = ("freeze.entered", "resume.applied")
+_TURNS = ("freeze.entered", "resume.applied", "run.halted")
 _ANCHOR = "anchor"
 """In a latch, in place of a freeze: a required anchor failed."""
-_NEXT = ("resume (rolls back and goes on)", "read the report")
+_SIGNAL = "signal"
+"""In a latch, in place of a freeze: the process of the run was sent the signal that freezes it."""
+_NEXT = ("resume (rolls back, unless another disposition is asked for)", "read the report")
+_HALTED = "halted for good: "
 _MAX_REQUEST_BYTES = 64 * 1024
 """A larger file in `requests/` is none of ours. Escaped, so much still fits into a record."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
@@ -53,10 +58,16 @@ class Standing:
 
     run: str
     frozen: bool
+    halted: bool
+    """Whether that is for good: nothing lets this run go on."""
     freeze: str | None
     reason: str
     since: str | None
     """When the freeze was entered, RFC 3339."""
+    hold: str
+    """Why no cycle begins for now; the empty string where that is not so."""
+    probation: int
+    """How many cycles under tightened thresholds are left, as far as the loop has told."""
     acknowledged: bool
     """False while the latch is set but no owner has recorded the freeze yet."""
     epoch: int
@@ -88,6 +99,8 @@ class Request:
     """What people have to sign before a resume; None where the guard policy asks for no approvals."""
     signature: str | None = None
     """Of an approval."""
+    way: WayOn = ROLL_BACK
+    """How a resume wants the run to go on."""
     consent: Consent | None = None
     """By which people a resume was approved; nothing that a file in `requests/` can say."""
 
@@ -116,11 +129,16 @@ class FreezeState:
         self._approvals = (
             Approvals(run_dir, log, policy=log.policy if policy is None else policy) if not follows else None
         )
+        self.hold = ""
+        """Why no cycle begins for now, for the cache."""
+        self.probation = 0
+        """How many cycles it still lasts, for the cache."""
         self._needed: int | None = None
         """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
         self._count = sum(entry.type == "freeze.entered" for entry in turns)
-        self._freeze, self._reason = _told(turns[-1] if turns else None)
+        self._freeze, self._reason = _told(turns)
+        self._halted = _halted(turns)
         if follows is not None:
             # The owner may be about to settle what is there: it tells in `follow`.
             self._freeze, self._reason = None, ""
@@ -133,6 +151,11 @@ class FreezeState:
     def frozen(self) -> bool:
         """Whether anything says frozen: this process, or a latch that somebody set beside it."""
         return self._freeze is not None or self._latch.exists()
+
+    @property
+    def halted(self) -> bool:
+        """Whether the run is at its end for good."""
+        return self._halted
 
     @property
     def freeze_id(self) -> str:
@@ -153,7 +176,7 @@ class FreezeState:
         """Take over where the owner of the run stands, and bring the own stream up to it."""
         self._count, self._freeze, self._reason = count, freeze or None, reason
         turns = list(read.entries(self._dir, self._stream, types=_TURNS))
-        told, _ = _told(turns[-1] if turns else None)
+        told, _ = _told(turns)
         if told is not None and told != self._freeze:
             # It was resumed while this rank was not there.
             resumes = [
@@ -193,14 +216,25 @@ class FreezeState:
             facts={"signals": [signal_facts(signal) for signal in decision.signals], **facts},
         )
 
-    def resume(self, *, by: str, reason: str, consent: Consent | None = None, starts_later: bool = False) -> str:
+    def resume(
+        self,
+        *,
+        by: str,
+        reason: str,
+        way: WayOn = ROLL_BACK,
+        consent: Consent | None = None,
+        starts_later: bool = False,
+    ) -> str:
         """Record that a person lets the loop go on, then remove the latch. Gives the id of the freeze that ended.
 
         With `starts_later` no loop is there to go on at once, and an approved resume holds until a time. Raises
-        UsageError, and leaves everything as it is, where the guard policy asks for approvals that `consent` lacks.
+        UsageError, and leaves everything as it is, where the guard policy asks for approvals that `consent` lacks, and
+        where the run was halted.
         """
+        if self._halted:
+            raise UsageError(f"{self._dir} was halted: begin a new run")
         ended = self._freeze or ""
-        body = {"freeze": ended, "by": by, "reason": reason, "disposition": "rollback"}
+        body = {"freeze": ended, "by": by, "reason": reason, **way.facts()}
         body |= self._consented(consent, starts_later=starts_later)
         self._log.append("resume.applied", body, actor={"kind": "person", "id": by})
         if self._follows is None:
@@ -208,6 +242,18 @@ class FreezeState:
         self._freeze, self._reason = None, ""
         self.remember(cycle=None)
         return ended
+
+    def halt(self, *, by: str, reason: str, because: HaltCause, consent: Consent | None = None) -> None:
+        """Record that this run goes on no more. The latch stays, and so does the freeze.
+
+        Raises UsageError where people decide about it and `consent` lacks their approvals.
+        """
+        body = {"freeze": self._freeze or "", "by": by, "reason": reason, "because": because}
+        if because == "decision":
+            body |= WayOn(disposition="halt").facts() | self._consented(consent, starts_later=False)
+        self._log.append("run.halted", body, actor={"kind": "person", "id": by} if because == "decision" else None)
+        self._halted, self._reason = True, f"{_HALTED}{reason}"
+        self.remember(cycle=None)
 
     def _consented(self, consent: Consent | None, *, starts_later: bool) -> dict[str, Any]:
         """What the record says of approvals. Raises UsageError where they do not suffice."""
@@ -286,11 +332,13 @@ class FreezeState:
                     by=asked.requester,
                     reason=asked.reason,
                     freeze=asked.freeze,
+                    way=asked.way,
                     consent=consent,
                 )
         elif request.kind == "resume" and approvals.needed:
             approvals.ask(request.id, by=request.by, body=body | {"statement": request.statement})
         else:
+            body |= request.way.facts() if request.kind == "resume" else {}
             self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
             approvals.drop()  # a freeze that somebody asks for ends what waits
             yield request
@@ -302,12 +350,21 @@ class FreezeState:
             if request.kind == "freeze" and not self._freeze:
                 self._enter(gate="operator", rule="request", reason=f"{request.by} asked for it: {request.reason}")
             elif request.kind == "resume" and self.lifts(request):
-                ended = self.resume(by=request.by, reason=request.reason, consent=request.consent, starts_later=True)
+                ended = self._act_on(request)
         return ended
 
+    def _act_on(self, request: Request) -> str | None:
+        facts: dict[str, Any] = {"by": request.by, "reason": request.reason, "consent": request.consent}
+        if request.way.disposition == "halt":
+            self.halt(because="decision", **facts)
+            return None
+        return self.resume(way=request.way, starts_later=True, **facts)
+
     def lifts(self, request: Request) -> bool:
-        """Whether a resume request is meant for the freeze in force."""
-        return self._freeze is not None and request.freeze in {None, self._freeze}
+        """Whether a resume request is meant for the freeze in force, and waives no more than what tripped there."""
+        if self._freeze is None or self._halted or request.freeze not in {None, self._freeze}:
+            return False
+        return request.way.waives in (NOTHING, entered(self._dir).body.get("rule"))
 
     def remember(self, *, cycle: int | None, undone: bool = False) -> None:
         """Write the cache from which `status` answers: where the log stood, and what it said.
@@ -328,6 +385,8 @@ class FreezeState:
             "freeze": self._freeze,
             "reason": self._reason,
             "cycle": cycle,
+            "hold": self.hold,
+            "probation": self.probation,
             "approvals": self._approvals_needed(),
         }
         replace_durably(path, json.dumps(body, sort_keys=True).encode() + b"\n")
@@ -430,7 +489,20 @@ def anchor_lost(run_dir: Path, reason: str) -> None:
 def latch_reason(run_dir: Path) -> str:
     """Why the latch is set, for a freeze that takes it up: what this process left there, or that it was set outside."""
     latch = _read_latch(run_dir)
-    return latch["reason"] if latch["freeze"] == _ANCHOR else "the latch was set from outside"
+    return latch["reason"] if latch["freeze"] in (_ANCHOR, _SIGNAL) else "the latch was set from outside"
+
+
+def signalled(run_dir: Path, name: str) -> None:
+    """Freeze a run whose process was sent a signal. Raises DiskError."""
+    set_latch(run_dir, freeze=_SIGNAL, reason=f"somebody sent the process signal {name}")
+
+
+def entered(run_dir: Path) -> Entry:
+    """The record of the last freeze. Raises UsageError where nothing ever froze."""
+    freezes = list(read.entries(run_dir, CONTROLLER, types=("freeze.entered",)))
+    if not freezes:
+        raise UsageError(f"{run_dir}: its log tells of no freeze")
+    return freezes[-1]
 
 
 def submit(
@@ -440,17 +512,20 @@ def submit(
     by: str,
     reason: str,
     freeze: str | None = None,
+    way: WayOn | None = None,
     statement: Statement | None = None,
     signature: str | None = None,
 ) -> Request:
     """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
 
-    `statement` is what a resume asks people to sign, `signature` an approval.
+    `way` is how a resume wants the run to go on, `statement` what it asks people to sign, `signature` an approval.
     """
     folder = run_dir / "requests"
     folder.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
     body: dict[str, Any] = {"kind": kind, "by": by, "reason": reason, "freeze": freeze}
+    if way is not None:
+        body |= way.facts()
     if statement is not None:
         body["statement"] = statement.facts()
     if signature is not None:
@@ -473,6 +548,7 @@ def submit(
         freeze=freeze,
         statement=body.get("statement"),
         signature=signature,
+        way=way or ROLL_BACK,
     )
 
 
@@ -493,7 +569,7 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
         return seen
     # A run that is just starting has its directory first, and then its log.
     turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS)) if read.segments(run_dir, CONTROLLER) else []
-    freeze, reason = _told(turns[-1] if turns else None)
+    freeze, reason = _told(turns)
     since = turns[-1].ts if freeze else None
     acknowledged = True
     if freeze is None and (run_dir / "latch").exists():
@@ -507,9 +583,12 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
     return Standing(
         run=facts["id"],
         frozen=freeze is not None,
+        halted=_halted(turns),
         freeze=freeze,
         reason=reason,
         since=since,
+        hold="" if freeze else str(_cache(run_dir).get("hold") or ""),
+        probation=_count(_cache(run_dir).get("probation")),
         acknowledged=acknowledged,
         epoch=tail.epoch if tail else 0,
         cycle=_cache(run_dir).get("cycle"),
@@ -540,9 +619,12 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
     return Standing(
         run=run,
         frozen=False,
+        halted=False,
         freeze=None,
         reason="",
         since=None,
+        hold=str(cache.get("hold") or ""),
+        probation=_count(cache.get("probation")),
         acknowledged=True,
         epoch=tail.epoch if tail else 0,
         cycle=cache.get("cycle"),
@@ -570,10 +652,20 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
     return facts
 
 
-def _told(turn: Entry | None) -> tuple[str | None, str]:
-    if turn is None or turn.type == "resume.applied":
+def _told(turns: Sequence[Entry]) -> tuple[str | None, str]:
+    """The freeze in force, and why."""
+    if not turns or turns[-1].type == "resume.applied":
         return None, ""
-    return str(turn.body["freeze"]), str(turn.body["reason"])
+    body = turns[-1].body
+    return str(body["freeze"]), f"{_HALTED if turns[-1].type == 'run.halted' else ''}{body['reason']}"
+
+
+def _halted(turns: Sequence[Entry]) -> bool:
+    return any(turn.type == "run.halted" for turn in turns)
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int else 0
 
 
 def _cache(run_dir: Path) -> dict[str, Any]:
@@ -615,6 +707,7 @@ def _read_request(path: Path) -> Request | None:
         body = json.loads(path.read_bytes())
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
+        way = WayOn.read(body)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if kind not in get_args(RequestKind):
@@ -627,6 +720,7 @@ def _read_request(path: Path) -> Request | None:
         freeze=freeze,
         statement=statement,
         signature=str(signature) if signature is not None else None,
+        way=way,
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Self, get_args
 
 OutcomeStatus = Literal[
     "ok",  # exit status 0
@@ -122,6 +122,46 @@ class Outcome:
         """Standard output as text; undecodable bytes are replaced. Of a denied call, the refusal."""
         return self.refusal if self.status == "denied" else self.stdout.decode("utf-8", errors="replace")
 
+
+Disposition = Literal["rollback", "discard", "accept", "halt"]
+"""What becomes of the frozen cycle: begun again, passed over, gone on with as it was, or the end of the run."""
+
+NOTHING = "nothing"
+"""What most resumes waive."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WayOn:
+    """How a frozen run goes on, as people decided it."""
+
+    disposition: Disposition = "rollback"
+    waives: str = NOTHING
+    """The rule that may trip nothing for a while: that of the freeze."""
+    waives_cycles: int = 0
+    """For how many cycles, the next one included; 0 where nothing is waived."""
+
+    @classmethod
+    def read(cls, value: Any) -> Self:
+        """The way on in a request or a record; the usual one where it says nothing. Raises ValueError for another."""
+        told = {name: value[name] for name in cls.__slots__ if name in value}
+        way = cls(**told)
+        if way.disposition not in get_args(Disposition) or type(way.waives) is not str:
+            raise ValueError(f"{told!r} is no way on"[:120])
+        if (
+            type(way.waives_cycles) is not int
+            or way.waives_cycles < 0
+            or (way.waives == NOTHING) != (not way.waives_cycles)
+        ):
+            raise ValueError(f"{told!r} waives nothing that could be waived"[:120])
+        return way
+
+    def facts(self) -> dict[str, Any]:
+        """What requests and records hold of it."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+
+ROLL_BACK = WayOn()
+"""How a run goes on where nobody says otherwise."""
 
 ExpectedKind = Literal[
     "epoch",  # the same data again: a loss may fall in a step, and never rises for it

@@ -219,7 +219,8 @@ class TestStatement:
         "lie",
         [
             {"v": 2}, {"nonce": "short"}, {"entered": "x"}, {"head_seq": "1"}, {"head_seq": True}, {"expires": "soon"},
-            {"disposition": "accept"}, {"policy_change": "maybe"}, {"target": ""}, {"reason": ""}, {"more": 1},
+            {"disposition": "ignore"}, {"waives_cycles": 3}, {"waives": "jump:loss"},
+            {"policy_change": "maybe"}, {"target": ""}, {"reason": ""}, {"more": 1},
             {"reason": "x" * 9000},
         ],
     )  # fmt: skip
@@ -654,7 +655,7 @@ class TestVerify:
         frozen.sign(DANA, statement)
         submit(frozen.path, "approval", by="", reason="", signature=ELI.sign(statement.signed_bytes()))
         granted = next(frozen.state.requests())
-        body = {"freeze": "f1", "by": "sam", "reason": statement.reason, "disposition": "rollback"}
+        body = {"freeze": "f1", "by": "sam", "reason": statement.reason, **statement.way.facts()}
         frozen.log.append("resume.applied", lie(body | granted.consent.facts()))
         result = verify(frozen.path)
         assert result.code == 41

@@ -24,6 +24,7 @@ ROWS = {
     "state": 3,
     "snapshots": 3,
     "notify": 3,
+    "ways": 3,
     "controller": 4,
     "integrations": 5,
     "reproduce": 5,
@@ -62,7 +63,10 @@ HOMES = {
 ONLY_INSIDE_FUNCTIONS = {("snapshots/", "torch"), ("snapshots/", "safetensors"), ("audit/export.py", "pyarrow")}
 
 # `state` writes the latch the way snapshots are written, and has approvals counted, which are about a snapshot.
-SAME_ROW = {("state", "snapshots"), ("state", "approvals"), ("approvals", "snapshots")}
+# A way on from a freeze may be the state in its capsule.
+SAME_ROW = {
+    *{("state", "snapshots"), ("state", "approvals"), ("approvals", "snapshots"), ("ways", "snapshots")},
+}
 
 MODULES = sorted(path for path in ROOT.rglob("*.py"))
 

@@ -81,6 +81,8 @@ class Freeze:
     undone: tuple[int, int] | None
     """The updates that a restored snapshot took back."""
     resumed: Entry | None = None
+    halted: Entry | None = None
+    """What ended the run for good, where that was in this freeze."""
 
     @property
     def body(self) -> Mapping[str, Any]:
@@ -102,7 +104,9 @@ class Freeze:
     def facts(self) -> dict[str, Any]:
         """For machines: what the records hold."""
         ended = dict(self.resumed.body) | {"ts": self.resumed.ts} if self.resumed else None
-        return {"id": self.id, "ts": self.entered.ts, "cycle": self.entered.cycle, **self.body, "resumed": ended}
+        halted = dict(self.halted.body) | {"ts": self.halted.ts} if self.halted else None
+        told = {"id": self.id, "ts": self.entered.ts, "cycle": self.entered.cycle, **self.body}
+        return told | {"resumed": ended, "halted": halted}
 
 
 class Story:
@@ -138,8 +142,10 @@ class Story:
 
     @property
     def state(self) -> str:
-        """`frozen`, `finished`, `interrupted` or `running` (which also a log says that ends in the middle)."""
-        return "frozen" if self.frozen else self._ended or "running"
+        """`frozen`, `halted`, `finished`, `interrupted` or `running`, which also a log says that ends in the middle."""
+        if self.frozen is not None:
+            return "halted" if self.frozen.halted else "frozen"
+        return self._ended or "running"
 
     def feed(self, entry: Entry) -> None:
         """Take in the next record."""
@@ -163,8 +169,10 @@ class Story:
                 self._start(entry)
             case "freeze.entered":
                 self._freeze(entry)
-            case "resume.applied" if self.frozen:
+            case "resume.applied" if self.frozen and not self.frozen.halted:
                 self.frozen.resumed = entry
+            case "run.halted" if self.frozen:
+                self.frozen.halted = entry
             case _:
                 self._in_cycle(entry)
 
@@ -337,7 +345,8 @@ def explain(freeze: Freeze, run_dir: str, *, book: Book) -> list[str]:
         ("evidence", capsule),
         ("replay", f"loopguard reproduce {capsule} -m MODULE" if capsule else ""),
         ("resumed", resumed_told(freeze)),
-        *([] if freeze.resumed else _ways_on(freeze, folder, book)),
+        ("halted", halted_told(freeze)),
+        *([] if freeze.resumed or freeze.halted else _ways_on(freeze, folder, book)),
     ]
     return [_line(label, text) for label, text in rows if text]
 
@@ -360,8 +369,13 @@ def _ways_on(freeze: Freeze, folder: str, book: Book) -> list[tuple[str, str]]:
 
 
 def back_told(freeze: Freeze) -> str:
-    """What the run goes on from, once somebody resumes it."""
+    """What the run goes on from, once somebody resumes it, or went on from since somebody did."""
+    way = freeze.resumed.body.get("disposition") if freeze.resumed is not None else "rollback"
+    if way == "accept":
+        return f"a resume goes on from the state at {freeze.id}"
     again = f"; cycle {freeze.entered.cycle} begins again" if freeze.entered.cycle is not None else ""
+    if way == "discard":
+        again = f"; cycle {freeze.entered.cycle} is passed over" if again else ""
     if freeze.promoted is None:
         return f"a resume goes on from the state that the run began with{again}"
     return f"a resume goes on from what was promoted in cycle {freeze.promoted.cycle}{again}"
@@ -462,6 +476,20 @@ def resumed_told(freeze: Freeze) -> str:
         return ""
     lasted = duration(freeze.entered.ts, entry.ts)
     told = f"by {entry.body.get('by')} after {lasted}: {entry.body.get('reason')} ({entry.body.get('disposition')})"
+    if entry.body.get("waives_cycles"):
+        told += f", {entry.body.get('waives')} waived for {amount(entry.body.get('waives_cycles'))} cycles"
+    people = approved_by(entry)
+    return f"{told}, approved by {' and '.join(people)}" if people else told
+
+
+def halted_told(freeze: Freeze) -> str:
+    """Who or what ended the run for good, and why; empty where nobody did."""
+    entry = freeze.halted
+    if entry is None:
+        return ""
+    told = (
+        f"for good by {entry.body.get('by')} after {duration(freeze.entered.ts, entry.ts)}: {entry.body.get('reason')}"
+    )
     people = approved_by(entry)
     return f"{told}, approved by {' and '.join(people)}" if people else told
 

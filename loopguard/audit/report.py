@@ -583,10 +583,18 @@ class _View:
             ("actor", query.actor_told(freeze)),
             ("evidence", self._evidence(freeze)),
             ("frozen for", self._frozen_for(freeze)),
-            ("went on" if freeze.resumed else "goes back", query.back_told(freeze).removeprefix("a resume goes on ")),
+            *self._ended(freeze),
             ("approvals", self._approved(freeze)),
         ]
         return [(label, text) for label, text in rows if text]
+
+    def _ended(self, freeze: query.Freeze) -> list[tuple[str, str]]:
+        if freeze.halted:
+            return [("halted", query.halted_told(freeze))]
+        back = query.back_told(freeze).removeprefix("a resume goes on ")
+        if freeze.resumed is None:
+            return [("goes back", back)]
+        return [("resumed", query.resumed_told(freeze)), ("went on", back)]
 
     def _evidence(self, freeze: query.Freeze) -> str:
         capsule, trouble = freeze.body.get("capsule"), freeze.body.get("capsule_trouble")
@@ -597,13 +605,18 @@ class _View:
         if freeze.resumed:
             return query.duration(freeze.entered.ts, freeze.resumed.ts)
         last = self.story.last
+        if freeze.halted:
+            return "for good"
         return f"{query.duration(freeze.entered.ts, last.ts)} when the log ends, and not resumed" if last else ""
 
     def _approved(self, freeze: query.Freeze) -> str:
-        """Who signed a resume and with which keys; before it, who has to."""
-        if freeze.resumed is None:
+        """Who signed a resume, or the end, and with which keys; before it, who has to."""
+        ended = freeze.resumed or freeze.halted
+        if ended is None:
             return f"nobody yet: {query.who_told(self.story.book)}"
-        given = freeze.resumed.body.get("approvals")
+        if ended.body.get("because") == "budget":
+            return ""
+        given = ended.body.get("approvals")
         signed = [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
         names = [f"{each.get('person')} (key {each.get('key')})" for each in signed]
         return " and ".join(names) or "no approvals: one name and a reason were enough"

@@ -358,6 +358,7 @@ class Grammar:
     """Whether what was done was allowed before it was done. Holds what is in flight, nothing more."""
 
     frozen: str | None = None
+    halted: bool = False
     calls: set[str] = field(default_factory=set)
     orphans: set[str] = field(default_factory=set)
     """Calls in flight when an earlier process ended, however many starts ago."""
@@ -376,6 +377,9 @@ class Grammar:
                 self.frozen, self.lease, self.promotion = str(entry.body.get("freeze")), None, None
             case "resume.applied":
                 yield from self._resume(entry.body)
+            case "run.halted":
+                yield from self._named(entry.body, "halt")
+                self.halted = True
             case "tool.decided" if entry.body.get("result") == "allow":
                 self.calls.add(str(entry.body.get("call")))
             case "tool.finished" | "tool.lost":
@@ -397,13 +401,19 @@ class Grammar:
                 pass  # every other record only tells
 
     def _resume(self, body: Any) -> Iterator[str]:
+        yield from self._named(body, "resume")
+        if self.halted:
+            yield "a resume of a run that was halted"
+        else:
+            self.frozen = None
+
+    def _named(self, body: Any, word: str) -> Iterator[str]:
         if self.frozen is None:
-            yield "a resume where nothing was frozen"
+            yield f"a {word} where nothing was frozen"
         elif str(body.get("freeze")) != self.frozen:
-            yield f"a resume of {body.get('freeze')!r} while {self.frozen!r} was in force"
+            yield f"a {word} of {body.get('freeze')!r} while {self.frozen!r} was in force"
         if not body.get("by") or not body.get("reason"):
-            yield "a resume without a name or a reason"
-        self.frozen = None
+            yield f"a {word} without a name or a reason"
 
     def _call_ended(self, body: Any) -> Iterator[str]:
         call = str(body.get("call"))

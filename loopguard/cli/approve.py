@@ -81,6 +81,7 @@ def _facts(run_dir: Path, statement: Statement) -> list[str]:
     """What a person has to know before signing."""
     from loopguard.audit import query
     from loopguard.audit.events import printable
+    from loopguard.ways import told as told_way
 
     told = next((freeze for freeze in query.freezes(run_dir) if freeze.id == statement.freeze), None)
     rows = [("freeze", f"{statement.freeze} of {statement.run}")]
@@ -94,7 +95,11 @@ def _facts(run_dir: Path, statement: Statement) -> list[str]:
         ]
     changes = statement.policy_change != "none"
     rows += [
-        ("goes on", f"{statement.disposition}, from snapshot {query.short(statement.target)}"),
+        ("goes on", told_way(statement.way)),
+        (
+            "from",
+            f"{'the capsule' if statement.disposition == 'accept' else 'snapshot'} {query.short(statement.target)}",
+        ),
         (
             "policy",
             f"{statement.policy_change}: becomes {query.short(statement.next_policy)}" if changes else "unchanged",
@@ -170,6 +175,9 @@ def _tell(run_dir: Path, approval: str, statement: Statement, *, wait_s: float) 
         print(f"not counted: {why}", file=sys.stderr)
         raise typer.Exit(1)
     told = _acted(run_dir, wait_s=wait_s)
+    if told.halted:
+        print(f"{run_dir} is halted, as {_names(run_dir, approval)} agreed: it goes on no more")
+        return
     if told.freeze != statement.freeze:
         print(f"{run_dir} may go on: {statement.freeze} ended, as {_names(run_dir, approval)} agreed")
         return

@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,23 @@ import typer
 if TYPE_CHECKING:
     from loopguard.consent.statement import PolicyChange
     from loopguard.state import Standing
+    from loopguard.types import WayOn
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/toolformer.")]
 By = Annotated[str, typer.Option("--by", metavar="NAME", help="Who decides. It goes into the audit log.")]
+
+
+class Way(StrEnum):
+    """What becomes of the frozen cycle."""
+
+    rollback = "rollback"
+    discard = "discard"
+    accept = "accept"
+    halt = "halt"
+
+
+_DISPOSITION = "What becomes of the frozen cycle."
+_WAIVE = "Let the rule that tripped trip nothing for so many cycles."
 Reason = Annotated[str, typer.Option("--reason", metavar="TEXT", help="Why, in one sentence.")]
 
 
@@ -43,6 +58,10 @@ def status(
     if run_facts(run_dir).get("mode") == "observe":
         lines.append("mode      observed: nothing is withheld")
     lines.append(f"promoted  {'nothing yet' if stands.cycle is None else f'cycle {stands.cycle}'}")
+    if stands.hold:
+        lines.append(f"hold      {stands.hold}")
+    if stands.probation:
+        lines.append(f"probation {stands.probation} more to be promoted under tightened thresholds")
     print("\n".join(map(printable, [*lines, *(_frozen_lines(run_dir, stands) if stands.frozen else ())])))
     raise typer.Exit(4 if stands.frozen else 0)
 
@@ -56,6 +75,8 @@ def _frozen_lines(run_dir: Path, stands: Standing) -> list[str]:
         f"reason    {stands.reason}",
         f"why       loopguard audit why {folder} {named}",
     ]
+    if stands.halted:
+        return [*lines, "go on     it was halted for good: begin a new run"]
     if not stands.pending:
         return [*lines, f"go on     loopguard resume {folder} --by NAME --reason TEXT"]
     asked = f"asked     until {stands.expires}, {_approved(stands)}"
@@ -108,6 +129,8 @@ def resume(
     run_dir: RunDir,
     by: By,
     reason: Reason,
+    disposition: Annotated[Way, typer.Option("--disposition", help=_DISPOSITION)] = Way.rollback,
+    waive: Annotated[int, typer.Option("--waive", metavar="CYCLES", help=_WAIVE)] = 0,
     adopt_policy: Annotated[
         Path | None, typer.Option("--adopt-policy", metavar="FILE", help="Go on under this guard policy instead.")
     ] = None,
@@ -115,41 +138,70 @@ def resume(
 ) -> None:
     """Let weight updates go on after a freeze. The decision is written to the audit log under your name.
 
-    The frozen cycle is rolled back: the run goes on from its last promoted state. Where the guard policy asks for
+    As a rule the frozen cycle is rolled back: it begins again from the last promoted state. `discard` passes it over,
+    `accept` goes on from the state at the freeze, and `halt` ends the run for good. Where the guard policy asks for
     approvals, this asks for them: what people have to sign is printed, and `loopguard approve` signs it.
 
     loopguard resume runs/toolformer --by dana --reason "bad shard 17 removed"
 
-    Exit codes: 0 resumed, 1 was not frozen, not yet acknowledged, or refused, 2 bad usage, 3 policy, 4 frozen: it waits
-    for approvals, 6 the audit log does not verify.
+    Exit codes: 0 resumed (or halted), 1 was not frozen, not yet acknowledged, or refused, 2 bad usage, 3 policy, 4
+    frozen: it waits for approvals, 6 the audit log does not verify.
     """
+    from loopguard.audit.events import printable
     from loopguard.errors import UsageError
     from loopguard.state import standing
 
     need_words(by, reason)
     stands = standing(run_dir)
+    if stands.halted:
+        print(printable(f"{run_dir} was halted, and nothing lets it go on: {stands.reason}"), file=sys.stderr)
+        raise typer.Exit(1)
     if not stands.frozen:
         print(f"{run_dir} is not frozen", file=sys.stderr)
         raise typer.Exit(1)
+    deadline = time.monotonic() + wait_s
+    _numbered(run_dir, until=deadline)
+    way = _way_on(run_dir, disposition, waive)
     if stands.approvals_needed:
-        _ask(run_dir, by=by, reason=reason, adopt_policy=adopt_policy, wait_s=wait_s)
+        _ask(run_dir, by=by, reason=reason, way=way, adopt_policy=adopt_policy, wait_s=wait_s)
         return
     if adopt_policy is not None:
         raise UsageError(
             f"{run_dir} resumes without approvals: leave --adopt-policy out, and start the run under {adopt_policy}"
         )
-    _go_on(run_dir, by=by, reason=reason, wait_s=wait_s)
+    _go_on(run_dir, by=by, reason=reason, way=way, until=deadline)
 
 
-def _go_on(run_dir: Path, *, by: str, reason: str, wait_s: float) -> None:
+def _way_on(run_dir: Path, disposition: Way, waive: int) -> WayOn:
+    """How the run is to go on. Raises UsageError where its freeze does not allow that."""
+    from loopguard.state import entered, run_facts
+    from loopguard.ways import way_on
+
+    at_most = 0
+    if waive:
+        from loopguard.policy.load import load
+
+        digest = run_facts(run_dir)["policy"]
+        at_most = load(run_dir / "policy" / f"{digest}.yaml").policy.freeze.waive_at_most
+    return way_on(run_dir, entered(run_dir).body, disposition=disposition.value, waive=waive, at_most=at_most)
+
+
+def _go_on(run_dir: Path, *, by: str, reason: str, way: WayOn, until: float) -> None:
     """One name and a reason are enough."""
+    from loopguard.audit.events import printable
     from loopguard.state import standing, submit
 
-    deadline = time.monotonic() + wait_s
+    deadline = until
     freeze = _numbered(run_dir, until=deadline).freeze
-    submit(run_dir, "resume", by=by, reason=reason, freeze=freeze)
+    request = submit(run_dir, "resume", by=by, reason=reason, freeze=freeze, way=way)
     while True:
         ended = ingest(run_dir) if standing(run_dir).owner_pid is None else None
+        if (stands := standing(run_dir)).halted:
+            print(printable(f"{run_dir} is halted by {by}: it goes on no more"))
+            return
+        if why := _left_frozen(run_dir, request.id):
+            print(printable(f"{run_dir}: {why}"), file=sys.stderr)
+            raise typer.Exit(1)
         if not (stands := standing(run_dir)).frozen:
             if ended is not None:
                 print(f"{run_dir} may go on: {ended} ended by {by}. Run the same command again.")
@@ -160,6 +212,18 @@ def _go_on(run_dir: Path, *, by: str, reason: str, wait_s: float) -> None:
             print(f"{run_dir}: the request is there, {_owner(stands)} has not taken it up yet", file=sys.stderr)
             raise typer.Exit(1)
         time.sleep(0.1)
+
+
+def _left_frozen(run_dir: Path, request: str) -> str:
+    """Why a loop that took the request in did not act on it; the empty string where it did, or has not come to it."""
+    from loopguard.audit import read
+
+    asked = False
+    for entry in read.entries(run_dir, types=("resume.requested", "note.added")):
+        asked = asked or entry.body.get("request") == request
+        if asked and entry.type == "note.added" and entry.body.get("by") == "loopguard":
+            return str(entry.body.get("text"))
+    return ""
 
 
 def _numbered(run_dir: Path, *, until: float) -> Standing:
@@ -179,14 +243,14 @@ def _numbered(run_dir: Path, *, until: float) -> Standing:
     return stands
 
 
-def _ask(run_dir: Path, *, by: str, reason: str, adopt_policy: Path | None, wait_s: float) -> None:
+def _ask(run_dir: Path, *, by: str, reason: str, way: WayOn, adopt_policy: Path | None, wait_s: float) -> None:
     """Several people have to agree: leave the request, and print what they sign."""
     from loopguard.approvals import ask
     from loopguard.state import standing, submit
 
-    _numbered(run_dir, until=time.monotonic() + wait_s)
     next_policy, change = _other_policy(run_dir, adopt_policy)
-    statement = ask(run_dir, by=by, reason=reason, now=datetime.now(UTC), next_policy=next_policy, change=change)
+    now = datetime.now(UTC)
+    statement = ask(run_dir, by=by, reason=reason, now=now, next_policy=next_policy, change=change, way=way)
     request = submit(run_dir, "resume", by=by, reason=reason, freeze=statement.freeze, statement=statement)
     if not settle(run_dir, request.id, wait_s=wait_s):
         print(f"{run_dir}: {_owner(standing(run_dir))} takes the request up at its next gate", file=sys.stderr)
@@ -292,6 +356,8 @@ def _policy_found(run_dir: Path, digest: str) -> str:
 
 
 def _state(stands: Standing) -> str:
+    if stands.halted:
+        return "HALTED"
     if stands.frozen:
         return f"FROZEN, a resume waits for {_approved(stands)}" if stands.pending else "FROZEN"
     return "stopped" if stands.owner_pid is None else "running"

@@ -23,23 +23,26 @@ from loopguard.consent.sshsig import (
     verifies,
 )
 from loopguard.consent.statement import SENTENCES, Code, RefusedError, Rule, Statement, read_time
+from loopguard.types import NOTHING
 
 if TYPE_CHECKING:
     from loopguard.audit.events import Entry
 
 TYPES = (
     *("policy.loaded", "policy.adopted", "run.started", "freeze.requested", "freeze.entered"),
-    *("resume.requested", "resume.applied", "approval.given", "approval.refused"),
+    *("resume.requested", "resume.applied", "run.halted", "approval.given", "approval.refused"),
 )
 """The records that a book needs."""
 
 CLOCK_SLACK_S = 1.0
 """A clock that is set while it runs jumps back by less than this, and nothing lives that shortly."""
 
+_SAID = ("freeze", "reason", "disposition", "waives", "waives_cycles")
+"""What the record of a resume repeats of its statement."""
 _ACTS = ("cycle.started", "update.leased", "data.admitted")
 # Of a log nearly all is about something else, and is to cost no more than these two looks.
 _TAKEN = frozenset(TYPES)
-_JUDGED = frozenset(("approval.given", "resume.applied", "policy.adopted", "policy.loaded", *_ACTS))
+_JUDGED = frozenset(("approval.given", "resume.applied", "run.halted", "policy.adopted", "policy.loaded", *_ACTS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +98,8 @@ class Book:
         self.rule: Rule | None = None
         self.policy = ""
         self.freeze: str | None = None
+        self.halted = False
+        """Whether the run is at its end for good."""
         self.pending: Pending | None = None
         self.change: Change | None = None
         """A loosened policy that may still be adopted."""
@@ -107,6 +112,7 @@ class Book:
         self._granted: set[str] = set()
         """Nonces of statements that a run went on by."""
         self._entered: tuple[int, str] = (0, "")
+        self._rule_of_freeze = ""
         self._hashes: dict[int, str] = {}
         self._hash_at = hash_at or self._hashes.get
         self._start_before: str | None = None
@@ -142,6 +148,8 @@ class Book:
                 self._ask(entry)
             case "resume.applied":
                 self._go_on(entry)
+            case "run.halted":
+                self.halted, self.pending = True, None
             case "approval.given" if self.pending is not None and body.get("request") == self.pending.request:
                 self.settled.add(str(body.get("approval")))
                 self.pending.approvals.append(
@@ -218,6 +226,8 @@ class Book:
                 yield from self._approval_troubles(entry)
             case "resume.applied" if self.rule is not None:
                 yield from self._resume_troubles(entry, self.rule, owner=owner)
+            case "run.halted" if self.rule is not None and entry.body.get("because") != "budget":
+                yield from self._resume_troubles(entry, self.rule, owner=owner)
             case "policy.adopted" if self.rule is not None and entry.body.get("change") == "loosened":
                 if not self._agreed(entry):
                     yield "a loosened guard policy was adopted, and no resume that people approved says so"
@@ -241,6 +251,7 @@ class Book:
     def _freeze(self, entry: Entry) -> None:
         self._spoil("new_trip")
         self.freeze, self._entered = str(entry.body.get("freeze")), (entry.seq, entry.hash)
+        self._rule_of_freeze = str(entry.body.get("rule"))
         self.change = self._start_before = self._overdue = None
         self._hashes.clear()
 
@@ -259,6 +270,8 @@ class Book:
 
     def _unsound(self, statement: Statement, entry: Entry, rule: Rule) -> Code | None:
         seq, entered = self._entered
+        if self.halted:
+            return "halted"
         if statement.nonce in self.asked:
             return "replayed"
         if self.freeze is None or statement.freeze != self.freeze:
@@ -275,6 +288,8 @@ class Book:
         if not 0 < window_s <= rule.within_s or _earlier(entry.ts, statement.not_before):
             return "malformed"
         if (statement.policy_change == "none") != (statement.policy == statement.next_policy):
+            return "malformed"
+        if statement.waives not in (NOTHING, self._rule_of_freeze):
             return "malformed"
         if statement.policy != self.policy:
             return "policy"
@@ -346,8 +361,9 @@ class Book:
     def _resume_troubles(self, entry: Entry, rule: Rule, *, owner: bool) -> Iterator[str]:
         body = entry.body
         freeze, by = body.get("freeze"), body.get("by")
+        verb = "resumed" if entry.type == "resume.applied" else "halted"
         if body.get("approval") != "signed":
-            yield f"{freeze} was resumed by {by} without the {rule.approvals} approvals that the guard policy asks for"
+            yield f"{freeze} was {verb} by {by} without the {rule.approvals} approvals that the guard policy asks for"
             return
         try:
             statement, judged = Statement.read(body.get("statement")), read_time(body.get("judged"))
@@ -360,7 +376,7 @@ class Book:
             return
         told = {
             "by": statement.requester,
-            **{name: getattr(statement, name) for name in ("freeze", "reason", "disposition")},
+            **{name: getattr(statement, name) for name in _SAID},
             "statement_sha256": statement.digest,
             "approvals": [approval.facts() for approval in counted],
         }

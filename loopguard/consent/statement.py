@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self, get_args
 
+from loopguard.types import NOTHING, Disposition, WayOn
+
 PolicyChange = Literal["none", "tightened", "loosened"]
 
 Code = Literal[
     "no_statement", "malformed", "other_freeze", "head", "policy", "target", "replayed", "expired", "clock", "new_trip",
-    "superseded", "interrupted",
+    "superseded", "interrupted", "halted",
     "nothing_pending", "unreadable", "namespace", "algorithm", "unknown_key", "key_expired", "wrong_bytes", "requester",
     "same_person",
 ]  # fmt: skip
@@ -32,6 +34,7 @@ SENTENCES: dict[Code, str] = {
     "new_trip": "something asked for a freeze, or froze the run, after the request",
     "superseded": "another request took its place",
     "interrupted": "the process that counted the approvals died before it could act on them",
+    "halted": "the run was halted, and nothing lets it go on: begin a new one",
     "nothing_pending": "no request waits for an approval",
     "unreadable": "this is no SSH signature",
     "namespace": "the signature is for another purpose than loopguard-approve@v1",
@@ -47,8 +50,6 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _MOST_S = 1e8
 _NONCE = re.compile(r"[0-9a-f]{32}")
-NOTHING = "nothing"
-"""The target of a run that has promoted nothing: it goes back to its beginning."""
 
 
 class RefusedError(ValueError):
@@ -126,10 +127,14 @@ class Statement:
     head_seq: int
     head_hash: str
     """Of the log's last record when it was asked."""
-    disposition: Literal["rollback"]
+    disposition: Disposition
     """What becomes of the frozen cycle."""
     target: str
-    """The snapshot that the run goes on from; "nothing" where it goes back to its beginning."""
+    """The snapshot that the run goes on from, "nothing" where that is its beginning; with `accept` the digest of
+    the capsule that holds the state to go on from."""
+    waives: str
+    """As in `WayOn`."""
+    waives_cycles: int
     policy: str
     """Digest of the guard policy in force."""
     policy_change: PolicyChange
@@ -152,7 +157,13 @@ class Statement:
         for name, given in fields.items():
             if not _fits(name, given):
                 raise ValueError(f"{name} is {given!r}"[:120])
+        WayOn.read(fields)
         return cls(**fields)
+
+    @property
+    def way(self) -> WayOn:
+        """How the run goes on."""
+        return WayOn(disposition=self.disposition, waives=self.waives, waives_cycles=self.waives_cycles)
 
     def facts(self) -> dict[str, Any]:
         """As a JSON object."""
@@ -177,8 +188,8 @@ def read_time(value: Any) -> str:
 
 
 def _fits(name: str, value: Any) -> bool:
-    if name == "head_seq":
-        return type(value) is int and 0 < value < 2**53
+    if name in ("head_seq", "waives_cycles"):
+        return type(value) is int and (name == "head_seq") <= value < 2**53
     if type(value) is not str or not value:
         return False
     match name:
@@ -191,7 +202,7 @@ def _fits(name: str, value: Any) -> bool:
         case "nonce":
             return _NONCE.fullmatch(value) is not None
         case "disposition":
-            return value == "rollback"
+            return value in get_args(Disposition)
         case "policy_change":
             return value in get_args(PolicyChange)
         case _:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     Run = Callable[[ToolCall], Outcome]
 
 GONE = "the caller went away"
+FROZEN = "the call was killed by a freeze"
 _KILL_AGAIN_S = 0.02
 _ENDERS = 8
 """How many calls can be ended at once; each takes a few milliseconds."""
@@ -44,6 +45,12 @@ class Calls:
     def __init__(self, guard: LoopGuard) -> None:
         self._guard = guard
         self._lines: dict[str, _Line] = {}
+        self._running: dict[str, str] = {}
+        """The tool of each call that runs, or waits for a cell."""
+        freeze = guard.policy.freeze.running_calls
+        rules = [rule for rule in guard.policy.tools.rules if rule.then == "run"]
+        self._drains = {rule.tool for rule in rules if (rule.on_freeze or freeze) == "drain"}
+        self._kills = {rule.tool for rule in rules} - self._drains
         self._enders = ThreadPoolExecutor(_ENDERS, thread_name_prefix="loopguard-end")
         self._lock = threading.Lock()
         self._closed = False
@@ -122,6 +129,15 @@ class Calls:
             with self._lock:
                 line.under_way -= 1
 
+    def end_running(self) -> None:
+        """The run froze: end the calls under way, but those that the guard policy lets come to their own end."""
+        if not self._drains:
+            self._guard._cells.kill_running()
+            return
+        for call, tool in list(self._running.items()):
+            if tool in self._kills:
+                self._guard._cells.kill(call, FROZEN)
+
     def refuse(self) -> None:
         """From now on every call raises SandboxUnavailableError, also those that wait for a thread."""
         with self._lock:
@@ -159,11 +175,14 @@ class Calls:
         guard = self._guard
         if not decision.allowed:
             return _refused(call)
+        self._running[call.id] = call.tool
         try:
             outcome = (run or guard._cells.of(decision.facts["sandbox"]).run)(call)
         except SandboxError as error:
             guard._log.append("tool.lost", {"call": call.id, "reason": str(error)}, cycle=cycle)
             raise
+        finally:
+            self._running.pop(call.id, None)
         guard._tools.finished(outcome)
         body: dict[str, Any] = {
             "call": call.id,

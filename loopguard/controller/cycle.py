@@ -552,6 +552,7 @@ class Cycle:
         guard._ledger.end_lease()
         self.promoted = True
         guard._log.append("cycle.finished", {"result": "promoted"}, cycle=self.number)
+        guard._count_promoted()
         guard._state.remember(cycle=self.number)
         return decision
 

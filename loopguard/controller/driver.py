@@ -189,6 +189,7 @@ class Driver:
             )
         else:
             self._stop_at_unknown(weights, checkpoint)
+        guard._pay_what_is_owed()
         self._cycle = next(self._cycles)
 
     def _starts_over(self, weights: str, standing: Standing) -> bool:

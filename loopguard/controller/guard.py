@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import os
+import shutil
 import sys
 import threading
 import time
@@ -19,7 +20,9 @@ from typing import TYPE_CHECKING, Any, Self, get_args
 
 from loopguard.audit import read
 from loopguard.audit.log import AuditLog
+from loopguard.controller import aftermath, signals
 from loopguard.controller import directory as directories
+from loopguard.controller.aftermath import Aftermath, seed_after, suspect_state
 from loopguard.controller.calls import Calls, EpisodeCalls, NoCell
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
@@ -35,8 +38,8 @@ from loopguard.gates.updates import UpdateGate
 from loopguard.notify import mirrored
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
-from loopguard.state import FreezeState, anchor_lost, latch_reason, run_facts, signal_facts
-from loopguard.types import Decision, Expectation, ExpectedKind
+from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, run_facts, signal_facts
+from loopguard.types import ROLL_BACK, Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from loopguard.controller.observe import Observer
     from loopguard.notify import Notifier
     from loopguard.sandbox.base import CellSpec, EventSink, Runtime
+    from loopguard.types import WayOn
 
 _POLL_S = 0.5
 _EXPECTED = get_args(ExpectedKind)
@@ -107,8 +111,9 @@ class LoopGuard:
         self._ledger = Ledger(log, lease=self.policy.updates.lease, last=last)
         self._awaited: dict[str, float] = {}
         """The readings of an update that the device has not told yet."""
-        self._resumed: tuple[str, str, Consent | None] | None = None
-        """Who let the run go on, and who approved that, until the other ranks know."""
+        self._resumed: tuple[str, str, WayOn, Consent | None] | None = None
+        """Who let the run go on, how, and who approved that, until the other ranks know."""
+        self._after = Aftermath(self.policy.freeze)
         self._resumes = 0
         """How often the run was let go on; a cycle of before acts no more."""
         self._cycle: Cycle | None = None
@@ -193,6 +198,7 @@ class LoopGuard:
             if here.leads:
                 guard._settle()
                 guard._refuse_overdue()
+            signals.freeze_on(loaded.policy.freeze.signal, guard, directory)
             if notifier is not None:
                 notifier.begin(log)
                 guard._notifier = notifier
@@ -229,6 +235,7 @@ class LoopGuard:
         if self._closed:
             return
         self._closed = True
+        signals.stop_listening(self)
         try:
             self._calls.refuse()
             self._cells.close()
@@ -359,6 +366,7 @@ class LoopGuard:
             self._good.adopt(self._whole_state(), self._facts(cycle=promoted.cycle))
             because = "the run goes on from the last promoted state"
             self._log.append("snapshot.restored", {"snapshot": promoted.snapshot, "because": because})
+        self._pay_what_is_owed()
 
     def _check_attachable(self, *, loop: LoopState | None, config: Mapping[str, Any] | None) -> None:
         """Raise UsageError before anything is held."""
@@ -429,26 +437,31 @@ class LoopGuard:
 
         return guarded(self, reward)
 
-    def cycles(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
+    def cycles(self, count: int, *, warmup: bool = False, ready: Callable[[], bool] | None = None) -> Iterator[Cycle]:
         """The cycles of this run, up to number `count`, after the last promoted one.
 
         With `warmup`, cycle 0 comes first where nothing has been promoted yet: in it, monitors that need history only
-        learn. Raises LoopFrozen where the run is frozen (or waits, or exits, as the guard policy says).
+        learn. While `ready` says no, such as where a stream has no new data, no cycle begins: the run is on hold, which
+        ends by itself, and for as long as `hold.at_most` of the guard policy allows. Raises LoopFrozen where the run is
+        frozen (or waits, or exits, as the guard policy says).
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
         if self._driven:
             raise UsageError("this guard is attached to a trainer, which begins its cycles by itself: call train()")
-        return self._turns(count, warmup=warmup)
+        return self._turns(count, warmup=warmup, ready=ready)
 
-    def _turns(self, count: int, *, warmup: bool = False) -> Iterator[Cycle]:
+    def _turns(self, count: int, *, warmup: bool = False, ready: Callable[[], bool] | None = None) -> Iterator[Cycle]:
         promoted = self._good.promoted
         number = promoted.cycle + 1 if promoted else (0 if warmup else 1)
-        while number <= count:
+        while (number := max(number, self._after.over + 1)) <= count:
             if self._halted(number):
                 self._stop()
                 continue
+            if not self._unheld(ready):
+                continue
             self._cells.start()
+            self._begin(number)
             cycle = self._cycle = Cycle(self, number)
             self._good.tape.drop()  # batches that nothing came of
             with self._telling():
@@ -500,7 +513,7 @@ class LoopGuard:
                 return
             for request in self._state.requests():
                 if request.kind == "resume" and self._state.lifts(request):
-                    self._resume(by=request.by, reason=request.reason, consent=request.consent)
+                    self._resume(by=request.by, reason=request.reason, way=request.way, consent=request.consent)
                 elif request.kind == "freeze" and not self._state.freeze_id:
                     why = f"{request.by} asked for it: {request.reason}"
                     self._freeze(Decision(result="freeze", gate="operator", rule="request", reason=why), cycle=None)
@@ -598,9 +611,9 @@ class LoopGuard:
                 consensus.lost = str(error)
                 raise LoopFrozen(self._state.freeze_id, f"{self._state.reason} (and {error})") from error
             if first is not None:
-                by, reason, consent = first
+                by, reason, way, consent = first
                 if not consensus.place.leads:
-                    self._resume(by=by, reason=reason, consent=consent)
+                    self._resume(by=by, reason=reason, way=way, consent=consent)
                 self._resumed = None
                 return
 
@@ -631,8 +644,7 @@ class LoopGuard:
             self._consensus.say(decision, roll_back=roll_back)
             return freeze
         self._consensus.stopped = True
-        if self.policy.freeze.running_calls == "kill":
-            self._cells.kill_running()
+        self._calls.end_running()
         self._drain()
         capsule = self._capsule(freeze, decision, cycle=cycle, update=update, readings=readings)
         back = roll_back and self._learner is not None and self._good.held
@@ -645,10 +657,16 @@ class LoopGuard:
             cycle=cycle,
             facts={"update": update, "restored": restored, **capsule},
         )
+        self._after.froze(freeze, gate=decision.gate, cycle=cycle)
+        self._state.probation = 0
+        if spent := self._after.spent:
+            self._state.halt(by="loopguard", reason=spent, because="budget")
         return freeze
 
     def _stop(self) -> None:
         """What the guard policy says a frozen loop does. Returns only where it waited and somebody resumed."""
+        if self._state.halted:
+            raise LoopFrozen(self._state.freeze_id, self._state.reason)
         match self.policy.freeze.when_frozen:
             case "exit":
                 # Under torchrun a non-zero exit is a failure to be restarted, and a restart does not thaw anything.
@@ -659,20 +677,128 @@ class LoopGuard:
                 while self._state.frozen:
                     time.sleep(_POLL_S)
                     self._listen()
+                    if self._state.halted:
+                        raise LoopFrozen(self._state.freeze_id, self._state.reason)
             case _:
                 raise LoopFrozen(self._state.freeze_id, self._state.reason)
 
-    def _resume(self, *, by: str, reason: str, consent: Consent | None = None) -> None:
+    def _resume(self, *, by: str, reason: str, way: WayOn = ROLL_BACK, consent: Consent | None = None) -> None:
+        if way.disposition == "halt":
+            self._state.halt(by=by, reason=reason, because="decision", consent=consent)
+            self._resumed = by, reason, way, consent
+            return
+        if way.disposition == "accept" and (why := self._unacceptable()):
+            self._log.append("note.added", {"by": "loopguard", "text": f"the run stays frozen: {why}"})
+            return
         back = self._learner is not None and self._good.held
         if back:
             self._go_back(actor_too=True)  # first: a run that could not go back stays frozen
-        self._state.resume(by=by, reason=reason, consent=consent)
+        self._state.resume(by=by, reason=reason, way=way, consent=consent)
         self._resumes += 1
-        self._resumed = by, reason, consent
+        self._resumed = by, reason, way, consent
         self._consensus.resumed()
         self._tools.forget()
+        self._after.resumed(way)
         if back:
             self._record_going_back(because="resumed: the frozen cycle is rolled back")
+            self._pay_what_is_owed()
+        self._tell_probation()
+
+    def _unacceptable(self) -> str:
+        """Why the suspect state cannot be gone on with, or the empty string."""
+        try:
+            suspect_state(self.run_dir, self._state.freeze_id)
+        except UsageError as error:
+            return str(error)
+        return ""
+
+    def _pay_what_is_owed(self) -> None:
+        """Do to the learner what people decided at the last resume; again at a start, until something is promoted."""
+        if self._after.owed is None or self._state.frozen:
+            return
+        freeze, way = self._after.owed
+        learner = self._held()
+        if way.disposition == "discard":
+            learner.seed(seed_after(self.run_id, freeze))
+            self._good.adopt(self._whole_state(), self._facts(cycle=self.promoted_cycle))
+            return
+        name, state = suspect_state(self.run_dir, freeze)
+        self._put_back(state, actor_too=learner.same_actor)
+        rule = str(entered(self.run_dir).body.get("rule"))
+        self._updates_gate.relearn(rule)
+        self._promotions.relearn(rule)
+        self._good.adopt(self._whole_state(), self._facts(cycle=self.promoted_cycle), name=name)
+        because = f"accepted: the run goes on from the state at {freeze}"
+        self._log.append(
+            "snapshot.restored", {"snapshot": name, "because": because, "weights": learner.weights_digest()}
+        )
+
+    def _tell_probation(self) -> None:
+        rule = self.policy.freeze.probation
+        if rule is not None and self._after.probation and not self._after.told:
+            self._after.told = True
+            self._log.append("probation.began", {"cycles": self._after.probation, "tighten": rule.tighten})
+        self._state.probation = self._after.probation
+
+    def _begin(self, cycle: int) -> None:
+        """As strict as this cycle has to be: a probation tightens, a waiver lets one rule pass."""
+        self._after.begin(cycle)
+        self._tell_probation()
+        share, waived = self._after.strictness
+        self._updates_gate.adjust(share=share, waived=waived)
+        self._promotions.adjust(share=share, waived=waived)
+        self._data.adjust(share=share, waived=waived)
+        self._tools.adjust(share=share)
+
+    def _count_promoted(self) -> None:
+        ended = self._after.promoted()
+        self._state.probation = self._after.probation
+        if ended:
+            self._log.append("probation.ended", {}, cycle=self._after.cycle)
+
+    def _unheld(self, ready: Callable[[], bool] | None) -> bool:
+        """Wait until a cycle may begin; False where the run froze meanwhile, or may have."""
+        begun = time.monotonic()
+        reason, stop, _ = self._why_hold(ready, since=begun)
+        if not reason:
+            return True
+        self._log.append("hold.entered", {"reason": reason})
+        self._state.hold = reason
+        self._state.remember(cycle=None)
+        while reason and not stop:
+            time.sleep(_POLL_S)
+            self._listen()
+            reason, stop, too_long = self._why_hold(ready, since=begun)
+            if reason and too_long and not stop:
+                why = f"on hold for longer than the guard policy allows ({self.policy.hold.at_most_s:g} s): {reason}"
+                trip = Decision(result="freeze", gate="operator", rule="hold", reason=why)
+                self._freeze(trip, cycle=None, agreed=True)
+                stop = True
+        self._state.hold = ""
+        self._log.append("hold.ended", {"held_s": round(time.monotonic() - begun, 3), "frozen": self._state.frozen})
+        self._state.remember(cycle=None)
+        return False  # look again: of several ranks another one may have frozen
+
+    def _hold_reason(self, ready: Callable[[], bool] | None) -> str:
+        least = self.policy.hold.free_mib
+        if least is not None and shutil.disk_usage(self.run_dir).free < least << 20:
+            return f"less than {least} MiB are free where the run directory lies"
+        return "" if ready is None or ready() else "the loop has nothing to work on yet"
+
+    def _why_hold(self, ready: Callable[[], bool] | None, *, since: float) -> tuple[str, bool, bool]:
+        """Why no cycle may begin, whether the run froze, and whether that lasts too long. All ranks are told the same.
+
+        A collective where there are several and anything could hold them: they wait together, by the clock of rank 0.
+        """
+        own = (
+            "" if self._state.frozen else self._hold_reason(ready),
+            self._state.frozen,
+            time.monotonic() - since > self.policy.hold.at_most_s,
+        )
+        if not self._consensus.several or (ready is None and self.policy.hold.free_mib is None):
+            return own
+        told = self._gather(own)
+        return next((one[0] for one in told if one[0]), ""), any(one[1] for one in told), told[0][2]
 
     def _capsule(
         self,
@@ -811,7 +937,10 @@ class LoopGuard:
     def _settle(self) -> None:
         """Bring an interrupted run to rest: finish what was decided, undo what nobody can vouch for."""
         leads = self._consensus.place.leads
-        trail = directories.Trail(read.entries(self.run_dir, self._consensus.place.stream))
+        stream = self._consensus.place.stream
+        trail = directories.Trail(read.entries(self.run_dir, stream))
+        self._after = Aftermath.of(read.entries(self.run_dir, stream, types=aftermath.TYPES), self.policy.freeze)
+        self._state.probation = self._after.probation
         promoted = self._good.promoted
         pointer = promoted.snapshot if promoted else None
         if leads and pointer not in trail.credible:

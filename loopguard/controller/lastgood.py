@@ -65,9 +65,10 @@ class LastGood:
         assert self.promoted is not None
         return self.store.read(self.promoted.snapshot)
 
-    def adopt(self, state: Any, facts: Mapping[str, Any]) -> None:
-        """Hold the promoted state that was just restored."""
+    def adopt(self, state: Any, facts: Mapping[str, Any], *, name: str | None = None) -> None:
+        """Hold the promoted state that was just restored, or another one, by its name, that people decided on."""
         self._flip(self.take(state, facts))
+        self._digest = name or self._digest
         self._prune()
 
     def take(self, state: Any, facts: Mapping[str, Any]) -> Slot:

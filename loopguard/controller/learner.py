@@ -125,6 +125,10 @@ class Learner(Protocol):
         """Go back to such a state of the generators."""
         ...
 
+    def seed(self, seed: int) -> None:
+        """Begin anew with every random generator."""
+        ...
+
     def settings(self) -> dict[str, Any]:
         """What else decides about the bits of a step: threads, precision, devices. JSON values."""
         ...

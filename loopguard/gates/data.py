@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 Reason = Literal["no_provenance", "source", "forbidden_in_prompt", "overlap", "duplicate", "own_share"]
 """Why a record is quarantined."""
 
+WAIVABLE = frozenset({"kept_share", "mean_gain"})
+"""What people may let pass: how much a loop keeps and gains may change for a reason."""
+
 _FAULTS: frozenset[str] = frozenset({"no_provenance", "source", "forbidden_in_prompt", "overlap"})
 """Reasons that speak against the loop. Duplicates and the cap on the model's own share are the ordinary course."""
 
@@ -59,6 +62,15 @@ class DataGate:
         self._protected = _Protected(data.overlap_ngram)
         self._kept_share: float | None = None
         self._kept_share_promoted: float | None = None
+        self._share = 1.0
+        self._waived = ""
+
+    def adjust(self, *, share: float, waived: str) -> None:
+        """How strict the next verdicts are: this share of every share that may go wrong, and a rule that trips nothing.
+
+        What the records themselves show, faults and checks that do not hold, cannot be waived.
+        """
+        self._share, self._waived = share, waived
 
     def protect(self, texts: Iterable[str]) -> int:
         """Keep these evaluation texts out of the training data; gives how many texts are protected by now."""
@@ -92,7 +104,7 @@ class DataGate:
         ]
         kept_share = None if not proposed else len(records) / proposed
         own_share = ledger.own_chars / max(ledger.all_chars, 1)
-        facts = {
+        facts: dict[str, Any] = {
             "kept": len(records),
             "proposed": proposed,
             "kept_share": kept_share,
@@ -100,7 +112,9 @@ class DataGate:
             "own_share": own_share,
             "recheck": {"checked": len(rechecked), "wrong": sum(not holds(r, o) for r, o in rechecked)},
         }
-        trips = tuple(signal for signal in signals if signal.level == "trip")
+        passed = [one for one in signals if one.monitor == self._waived and one.monitor in WAIVABLE]
+        facts |= {"waived": [signal.reason for signal in passed]} if passed else {}
+        trips = tuple(signal for signal in signals if signal.level == "trip" and signal not in passed)
         if trips:
             reason = "; ".join(signal.reason for signal in trips)
             decision = Decision(
@@ -169,8 +183,9 @@ class DataGate:
             return []
         share = kept / proposed if proposed else 0.0
         previous = self._kept_share_promoted
-        low = max(rule.min, 0.0 if previous is None else previous * (1 - rule.max_change))
-        high = min(rule.max, 1.0 if previous is None else previous * (1 + rule.max_change))
+        change = self._share * rule.max_change
+        low = max(rule.min, 0.0 if previous is None else previous * (1 - change))
+        high = min(rule.max, 1.0 if previous is None else previous * (1 + change))
         if low <= share <= high:
             return []
         was = "" if previous is None else f", last time {previous:.1%}"
@@ -192,29 +207,26 @@ class DataGate:
             reason = f"only {len(rechecked)} of {expected} sampled checks were run again"
             return [_trip("recheck", math.nan, None, None, reason)]
         wrong = sum(not holds(record, outcome) for record, outcome in rechecked)
-        share = wrong / len(rechecked)
-        if share <= rule.max_wrong_share:
+        share, most = wrong / len(rechecked), self._share * rule.max_wrong_share
+        if share <= most:
             return []
-        reason = (
-            f"{wrong} of {len(rechecked)} kept records do not hold when run again; "
-            f"the policy allows {rule.max_wrong_share:.1%}"
-        )
-        return [_trip("recheck", share, None, rule.max_wrong_share, reason)]
+        reason = f"{wrong} of {len(rechecked)} kept records do not hold when run again; the policy allows {most:.1%}"
+        return [_trip("recheck", share, None, most, reason)]
 
     def _quarantined(self, records: Sequence[Record], quarantined: list[tuple[Record, Reason]]) -> list[Signal]:
         rule = self._data.freeze_above
         if rule is None or len(records) < rule.of_at_least:
             return []
         faults = Counter(reason for _, reason in quarantined if reason in _FAULTS)
-        share = faults.total() / len(records)
-        if share <= rule.quarantined_share:
+        share, most = faults.total() / len(records), self._share * rule.quarantined_share
+        if share <= most:
             return []
-        worst, count = faults.most_common(1)[0]
+        [(worst, count)] = faults.most_common(1)
         reason = (
             f"{faults.total()} of {len(records)} records were quarantined ({count} for {worst}); "
-            f"the policy allows {rule.quarantined_share:.1%}"
+            f"the policy allows {most:.1%}"
         )
-        return [_trip("quarantined_share", share, None, rule.quarantined_share, reason)]
+        return [_trip("quarantined_share", share, None, most, reason)]
 
     def state_dict(self) -> dict[str, Any]:
         """The ledger and the last kept share; protected texts are not part of it, the loop names them at each start."""

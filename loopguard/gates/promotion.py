@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loopguard import monitors
 from loopguard.errors import MonitorError
+from loopguard.gates.updates import waived
 from loopguard.types import Decision, Signal
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ class PromotionGate:
     """
 
     def __init__(self, promotion: Promotion) -> None:
+        self._share = 1.0
+        self._waived = ""
         self._metrics = {metric.metric: metric for metric in promotion.panel}
         counted = [metric for metric in promotion.panel if metric.problem_count is not None]
         self._monitors = {
@@ -40,6 +43,21 @@ class PromotionGate:
             for metric in counted
         }
 
+    def adjust(self, *, share: float, waived: str) -> None:
+        """How strict the next decisions are: this share of every change that is allowed, and a rule that trips nothing.
+
+        Neither is part of the gate's state. A value outside of its domain cannot be waived.
+        """
+        self._share, self._waived = share, waived
+        for monitor in self._monitors.values():
+            monitor.tighten(share)
+
+    def relearn(self, rule: str) -> None:
+        """What a monitor tripped over was accepted by people: it is the new level."""
+        for metric, monitor in self._monitors.items():
+            if f"eprocess:{metric}" == rule:
+                monitor.rebase()
+
     def decide(self, panel: Mapping[str, float], *, previous: Mapping[str, float] | None, cycle: int) -> Decision:
         """Judge a panel. Without a `previous` one (the first promotion of a run) only the domains are checked.
 
@@ -51,10 +69,12 @@ class PromotionGate:
             return _freeze("missing", f"the panel lacks {', '.join(missing)}")
         if unknown:
             return _freeze("unknown", f"the guard policy does not know {', '.join(unknown)}: add it to promotion.panel")
-        signals = [_judge(metric, panel[name], previous) for name, metric in self._metrics.items()]
-        if all(signal.level == "ok" for signal in signals):
+        signals = [
+            self._pass(_judge(metric, panel[name], previous, self._share)) for name, metric in self._metrics.items()
+        ]
+        if not any(signal.level == "trip" for signal in signals):
             # A value outside of its domain is no evidence of anything, so these come second.
-            signals += self._evidence(panel, cycle)
+            signals += map(self._pass, self._evidence(panel, cycle))
         if trips := tuple(signal for signal in signals if signal.level == "trip"):
             return _freeze(f"{trips[0].monitor}:{trips[0].metric}", "; ".join(s.reason for s in trips), trips)
         if holding := tuple(signal for signal in signals if signal.holds):
@@ -63,8 +83,18 @@ class PromotionGate:
             reason = (
                 "the first panel of the run" if previous is None else "every metric moved less than the policy allows"
             )
+            if waives := [signal.reason for signal in signals if self._is_waived(signal)]:
+                reason = "; ".join(waives)
             return Decision(result="allow", gate="promotion", rule="panel", reason=reason)
         return _freeze("unjudged", "a metric of the panel could not be judged", tuple(signals))
+
+    def _pass(self, signal: Signal) -> Signal:
+        return waived(signal) if self._is_waived(signal) and signal.level != "ok" else signal
+
+    def _is_waived(self, signal: Signal) -> bool:
+        return (
+            self._waived == f"{signal.monitor}:{signal.metric}" and signal.level != "ok" and signal.monitor != "domain"
+        )
 
     def _evidence(self, panel: Mapping[str, float], cycle: int) -> list[Signal]:
         found = []
@@ -92,7 +122,7 @@ def held(holding: tuple[Signal, ...]) -> Decision:
     return Decision(result="deny", gate="promotion", rule="held", reason=reason, signals=holding)
 
 
-def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None) -> Signal:
+def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None, share: float) -> Signal:
     if not math.isfinite(value):
         return _trip("domain", rule, value, None, None, None, f"{rule.metric} is {value}, not a finite number")
     if (rule.min is not None and value < rule.min) or (rule.max is not None and value > rule.max):
@@ -104,6 +134,7 @@ def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None
     if old is None:
         return _trip("change", rule, value, None, None, None, f"{rule.metric} has no value at the last promotion")
     up, down = (rule.max_loss, rule.max_gain) if rule.good == "down" else (rule.max_gain, rule.max_loss)
+    up, down = share * up, share * down
     low, high = old - down, old + up
     if low <= value <= high:
         return Signal(level="ok", monitor="change", metric=rule.metric, value=value, at=0, low=low, high=high)
@@ -112,7 +143,7 @@ def _judge(rule: PanelMetric, value: float, previous: Mapping[str, float] | None
     limit = up if direction == "up" else down
     reason = (
         f"{rule.metric} {word} {abs(value - old):.3g} in one cycle, from {old:.4g} to {value:.4g}; "
-        f"the policy allows {limit:.3g}"
+        f"the policy allows {limit:.3g}{' in probation' if share < 1 else ''}"
     )
     return _trip("change", rule, value, low, high, direction, reason)
 

@@ -38,10 +38,15 @@ class ToolGate:
         self._policy = policy
         self._rates = policy.tools.freeze_above
         self._fates: deque[Fate] = deque(maxlen=self._rates.of_last_calls if self._rates else 1)
+        self._share = 1.0
         self._budget = policy.tools.budget
         self._calls: Counter[int | None] = Counter()
         """How many calls of each cycle may run or have run."""
         self._lock = threading.Lock()
+
+    def adjust(self, *, share: float) -> None:
+        """How strict the gate is from now on: this share of the refused and contained calls that are allowed."""
+        self._share = share
 
     def decide(
         self, call: ToolCall, *, cycle: int | None = None, rollout: Rollout | None = None, spends: bool = True
@@ -98,8 +103,8 @@ class ToolGate:
             counts = Counter(self._fates)
         of = self._rates.of_last_calls
         limits: dict[Fate, float] = {"refused": self._rates.refused_share, "contained": self._rates.contained_share}
-        for fate, limit in limits.items():
-            share = counts[fate] / of
+        for fate, allowed in limits.items():
+            share, limit = counts[fate] / of, self._share * allowed
             if share > limit:
                 reason = f"{counts[fate]} of the last {of} tool calls were {fate}; the policy allows {limit:.1%}"
                 signal = Signal(

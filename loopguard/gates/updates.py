@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from loopguard import monitors
@@ -51,6 +52,23 @@ class UpdateGate:
         self._skip = freeze.skip_at_most if freeze.on_trip == "skip" else None
         self._skipped_at: deque[int] = deque()
         self._warnings: dict[str, Signal] = {}
+        self._waived = ""
+
+    def adjust(self, *, share: float, waived: str) -> None:
+        """How strict the next decisions are: the share of their reach that trips monitors, and the rule that may not.
+
+        Neither is part of the gate's state. A waived rule goes on being told of as a warning; what needs no history,
+        such as a value that is not a number, cannot be waived.
+        """
+        for monitor in self._monitors:
+            monitor.tighten(share)
+        self._waived = waived
+
+    def relearn(self, rule: str) -> None:
+        """What a monitor tripped over was accepted by people: it is the new level."""
+        for monitor in self._monitors:
+            if f"{type(monitor).__name__.lower()}:{monitor.metric}" == rule:
+                monitor.rebase()
 
     @property
     def skips(self) -> bool:
@@ -89,6 +107,8 @@ class UpdateGate:
                 raise MonitorError(f"the monitor of {monitor.metric} failed at update {update}: {error!r}") from error
             if signal is None or signal.level == "ok":
                 continue
+            if _rule(signal) == self._waived and not (monitor.immediate or signal.at_once):
+                signal = waived(signal)
             if signal.level == "warn":
                 warnings[_rule(signal)] = signal
                 continue
@@ -162,6 +182,11 @@ class UpdateGate:
         monitors.restore(self._named, state["monitors"])
         self._skipped_at = deque(state["skipped_at"])
         self._warnings = {}
+
+
+def waived(signal: Signal) -> Signal:
+    """What becomes of a trip, or of a doubt, that people let pass."""
+    return replace(signal, level="warn", holds=False, reason=f"waived: {signal.reason}")
 
 
 def _build(rule: Any, *, loss_kind: str, every: float) -> monitors.Monitor:

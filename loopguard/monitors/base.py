@@ -39,6 +39,13 @@ class Monitor(Protocol):
         """Take in that a change was announced."""
         ...
 
+    def tighten(self, share: float) -> None:
+        """From the next value on take this share of the usual reach, 0 < share <= 1; no state, and no part of one.
+
+        What needs no history has no reach: an impossible value is no more so at another time.
+        """
+        ...
+
     def rebase(self) -> None:
         """Forget the level: what comes next is the new normal."""
         ...

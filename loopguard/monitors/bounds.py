@@ -67,6 +67,9 @@ class Bounds:
     def expect(self, expected: Expectation) -> None:
         """An announced change makes nothing possible that is impossible."""
 
+    def tighten(self, share: float) -> None:
+        """Nothing: what is impossible is so at any time."""
+
     def rebase(self) -> None:
         """Nothing: there is no level."""
 

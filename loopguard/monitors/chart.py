@@ -38,6 +38,8 @@ class Chart:
         self.cap = cap
         self.start = start
         self.every = every
+        self.share = 1.0
+        """Of the limit, that is enough for a trip."""
         self._assumed = math.log(_RATE * 100_000) / (first - start)
         self._first = start + math.log(max(2.0, _RATE * every)) / self._assumed
         self._least = min(least, self._first)
@@ -70,6 +72,11 @@ class Chart:
         self._steep = (_STEEP_WEIGHT + self._peaks) / (_STEEP_WEIGHT / self._assumed + self._excess)
         own = self.start + math.log(max(1.0, self._rate * self.every)) / self._steep
         self.limit = min(self._first, max(self._least, own))
+
+    @property
+    def reached(self) -> float:
+        """How far the sum has climbed towards what trips; above 1 it has passed it."""
+        return self.sum / (self.share * self.limit)
 
     @property
     def once_in(self) -> float:

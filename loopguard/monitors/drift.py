@@ -80,7 +80,12 @@ class Drift:
         self._sign = -1.0 if good == "up" else 1.0
         self._chance = 1.2533 / math.sqrt(block) * (math.sqrt(2 * math.log(every)) + 1.7)
         self._expected: list[Expectation] = []
+        self._share = 1.0
         self.rebase()
+
+    def tighten(self, share: float) -> None:
+        """Let this share of the reach be enough."""
+        self._share = share
 
     def rebase(self) -> None:
         """Start over with the next reading."""
@@ -117,7 +122,7 @@ class Drift:
         best = min(middles[:-_RECENT])
         noise = sorted([spread for _, spread, _ in blocks])[len(blocks) // 2]
         moves = sorted([abs(after - before) for before, after in pairwise(middles)])[len(blocks) // 2 - 1]
-        reach = max(self._chance * noise, _MOVES * moves, self.min_change * abs(best), 1e-12)
+        reach = self._share * max(self._chance * noise, _MOVES * moves, self.min_change * abs(best), 1e-12)
         recent = middles[-_RECENT:]
         if min(recent[-2:]) <= best + reach or recent[-1] < recent[0]:
             return None

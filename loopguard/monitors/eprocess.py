@@ -80,8 +80,13 @@ class EProcess:
         self.good = good
         self.every = every
         self._limit = math.log(every)
+        self._share = 1.0
         self._expected: list[Expectation] = []
         self.rebase()
+
+    def tighten(self, share: float) -> None:
+        """Let this share of the evidence, in nats, be enough."""
+        self._share = share
 
     def rebase(self) -> None:
         """Start over with the next evaluation."""
@@ -112,7 +117,8 @@ class EProcess:
         if not self._ratios or self._age >= _POOL:
             self._renew()
         self._age += 1
-        most = _ONE_AT_MOST * self._limit
+        limit = self._share * self._limit
+        most = _ONE_AT_MOST * limit
         unsolved = self.problems - solved
         for i, (each, other) in enumerate(self._ratios):
             gain = min(solved * each + unsolved * other, most)
@@ -121,12 +127,12 @@ class EProcess:
                 self._since[i] = None
             elif self._since[i] is None:
                 self._since[i] = at
-        if max(self._evidence) < _HOLDS * self._limit:
+        if max(self._evidence) < _HOLDS * limit:
             return None
         total = self._total()
-        if total < _HOLDS * self._limit:
+        if total < _HOLDS * limit:
             return None
-        return self._signal("trip" if total >= self._limit else "warn", value, at, total)
+        return self._signal("trip" if total >= limit else "warn", value, at, total)
 
     def _total(self) -> float:
         """The logarithm of the mean evidence."""

@@ -141,6 +141,11 @@ class Jump:
         """Readings since the span of what was announced was over."""
         self.rebase()
 
+    def tighten(self, share: float) -> None:
+        """Let this share of each chart's limit be enough. The outer limit stays."""
+        for chart in self._charts:
+            chart.share = share
+
     def rebase(self) -> None:
         """Start over with the next reading. What was learned of the run's noise and sums stays."""
         self._base: deque[float] = deque(maxlen=self.window)
@@ -193,9 +198,9 @@ class Jump:
         worst = self._worst()
         if worst is not None and worst.sum > _SUSPICIOUS:
             self._aside.append(value)
-            if worst.sum > worst.limit and self._matters():
+            if worst.reached > 1.0 and self._matters():
                 return self._climbing("trip", worst, value, at)
-            if worst.sum > _HOLDS * worst.limit:
+            if worst.reached > _HOLDS:
                 return self._climbing("warn", worst, value, at)
         else:
             self._rejoin()
@@ -218,7 +223,7 @@ class Jump:
     def _worst(self) -> Chart | None:
         """The chart that is nearest to its limit, if any has left zero."""
         climbing = [chart for chart in self._charts if chart.sum]
-        return max(climbing, key=lambda chart: chart.sum / chart.limit) if climbing else None
+        return max(climbing, key=lambda chart: chart.reached) if climbing else None
 
     def _matters(self) -> bool:
         """Whether the change is at least `min_change`; a smaller one is taken in as the new level."""
@@ -326,9 +331,9 @@ class Jump:
         self._aside.append(value)
         worst = self._worst()
         if worst is not None and worst.sum > _SUSPICIOUS:
-            if worst.sum > worst.limit and self._matters():
+            if worst.reached > 1.0 and self._matters():
                 return self._climbing("trip", worst, value, at)
-            return self._climbing("warn", worst, value, at) if worst.sum > _HOLDS * worst.limit else None
+            return self._climbing("warn", worst, value, at) if worst.reached > _HOLDS else None
         self._after += at >= max(each.at + each.span for each in now)
         if self._after >= _RELEARN:
             self._after = 0

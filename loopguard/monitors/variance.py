@@ -70,6 +70,10 @@ class Variance:
         self._expected: list[Expectation] = []
         self.rebase()
 
+    def tighten(self, share: float) -> None:
+        """Let this share of the chart's limit be enough."""
+        self._chart.share = share
+
     def rebase(self) -> None:
         """Start over with the next reading."""
         self._steps: deque[float] = deque(maxlen=_WINDOW)
@@ -112,9 +116,9 @@ class Variance:
         self._quiet = -1.0 if chart.sum else _SLACK * self._usual
         if chart.sum > _SUSPICIOUS:
             self._aside.append(step)
-            if chart.sum > chart.limit:
+            if chart.reached > 1.0:
                 return self._climbing("trip", value, last, at)
-            return self._climbing("warn", value, last, at) if chart.sum > _HOLDS * chart.limit else None
+            return self._climbing("warn", value, last, at) if chart.reached > _HOLDS else None
         if self._aside:
             for waiting in self._aside:
                 self._learn(waiting)

@@ -38,6 +38,7 @@ _ORDER: dict[str, Order | Steps] = {
     "description": "neutral",
     "tools.run.*.max_code_bytes": "smaller",
     "tools.run.*.refuse_patterns": "more",
+    "tools.run.*.on_freeze": (("kill",), ("drain",)),
     # Tools in one profile meet in its cells, and in an episode in its files; in two, they have twice the cells.
     "tools.run.*.shares_cells_with": "any",
     # A fresh cell keeps nothing for anybody. A pooled one serves strangers in turn; an episode keeps files and, where
@@ -106,6 +107,15 @@ _ORDER: dict[str, Order | Steps] = {
     "freeze.when_frozen": "neutral",
     "freeze.running_calls": (("kill",), ("drain",)),
     "freeze.capsule_mib": "neutral",
+    # Which signal stops a run is a matter of taste; that one does is not.
+    "freeze.signal": (("USR1", "USR2", "HUP"), ("none",)),
+    "freeze.waive_at_most": "smaller",
+    "freeze.probation.cycles": "larger",
+    "freeze.probation.tighten": "smaller",
+    "freeze.halt_above.freezes": "smaller",
+    "freeze.halt_above.cycles": "larger",
+    "hold.at_most_s": "smaller",
+    "hold.free_mib": "larger",
     "resume.approvals": "larger",
     # Each person with a key, as one word: whoever is left out can agree to nothing.
     "resume.people": "fewer",
@@ -195,6 +205,7 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
         rule["tool"]: {
             "max_code_bytes": rule["max_code_bytes"],
             "refuse_patterns": rule["refuse_patterns"],
+            "on_freeze": rule["on_freeze"] or said["freeze"]["running_calls"],
             "shares_cells_with": sorted(
                 other["tool"] for other in running if other["sandbox"] == rule["sandbox"] and other is not rule
             ),
@@ -214,6 +225,9 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     said["notify"] = _notify(said["notify"])
     # Not to skip at all is the tightest way of skipping.
     said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
+    # No probation is one of no cycles, and no budget one that is never used up.
+    said["freeze"]["probation"] = said["freeze"]["probation"] or {"cycles": 0, "tighten": 1.0}
+    said["freeze"]["halt_above"] = said["freeze"]["halt_above"] or {"freezes": math.inf, "cycles": 0}
     return said
 
 

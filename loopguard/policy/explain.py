@@ -50,8 +50,8 @@ _ABOUT_CELLS: tuple[Section, ...] = (
 
 NOT_YET: dict[Where, frozenset[str]] = {
     (): frozenset({"anchors", "approvals", "backtest", "budgets", "capabilities", "defaults", "extends", "override"})
-    | frozenset({"people", "policy", "probation", "service", "triage", "waivers"}),
-    ("tools", "rules"): frozenset({"approval", "args", "calls_per_cycle", "match", "mode", "on_freeze", "until"}),
+    | frozenset({"people", "policy", "service", "triage", "waivers"}),
+    ("tools", "rules"): frozenset({"approval", "args", "calls_per_cycle", "match", "mode", "until"}),
     ("sandbox",): frozenset({"floor"}),
     ("data",): frozenset({"max_self_generated", "near_duplicates", "quarantine", "release", "require"}),
     ("updates",): frozenset({"budgets", "expect"}),

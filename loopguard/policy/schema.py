@@ -216,13 +216,14 @@ class ToolRule(Section):
     sandbox: Identifier | None = None
     max_code_bytes: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
     refuse_patterns: Annotated[tuple[Text, ...], Field(max_length=100)] = ()
+    on_freeze: Literal["kill", "drain"] | None = None
 
     def problems(self) -> Iterator[Problem]:
         """`run` needs a sandbox, `deny` takes no conditions, patterns are regular expressions that can be wrong."""
         if self.then == "run" and self.sandbox is None:
             yield ("sandbox",), "is missing: a rule with `then: run` names the profile that its calls run in"
         if self.then == "deny":
-            for key in sorted(self.model_fields_set & {"sandbox", "max_code_bytes", "refuse_patterns"}):
+            for key in sorted(self.model_fields_set & {"sandbox", "max_code_bytes", "refuse_patterns", "on_freeze"}):
                 yield (key,), "has no meaning with `then: deny`, which refuses every call of the tool; take it out"
         yield from _twice(self.refuse_patterns, ("refuse_patterns",))
         for i, pattern in enumerate(self.refuse_patterns):
@@ -591,6 +592,22 @@ class SkipBudget(Section):
             yield ("updates",), f"is {self.updates} per {self.per}, which is every update; expected fewer than `per`"
 
 
+class Probation(Section):
+    """The cycles after a resume, in which it takes less to freeze again."""
+
+    cycles: Annotated[int, Field(ge=1, le=1000)] = Field(description="how many cycles have to be promoted")
+    tighten: Annotated[float, Field(gt=0, lt=1)] = Field(
+        description="what the reach of every monitor and limit is multiplied with; 0.5 halves it"
+    )
+
+
+class FreezeBudget(Section):
+    """How often a run may freeze by itself before people should stop lifting it."""
+
+    freezes: Annotated[int, Field(ge=1, le=1000)] = Field(description="how many freezes a run may have")
+    cycles: Count = Field(description="within how many cycles")
+
+
 class Freeze(Section):
     """What a trip of the update gate does, and what a freeze does to a running loop."""
 
@@ -598,6 +615,10 @@ class Freeze(Section):
     skip_at_most: SkipBudget | None = None
     when_frozen: Literal["raise", "wait", "exit"] = "raise"
     running_calls: Literal["kill", "drain"] = "kill"
+    signal: Literal["USR2", "USR1", "HUP", "none"] = "USR2"
+    waive_at_most: Annotated[int, Field(ge=0, le=1000)] = 5
+    probation: Probation | None = None
+    halt_above: FreezeBudget | None = None
     capsule_mib: Annotated[int, size("MiB", "1MiB", "1024GiB")] = Field(default=1024, alias="capsule")
 
     def problems(self) -> Iterator[Problem]:
@@ -606,6 +627,13 @@ class Freeze(Section):
             yield ("skip_at_most",), "is missing: `on_trip: skip` needs a bound, such as {updates: 2, per: 100}"
         if self.on_trip == "freeze" and self.skip_at_most is not None:
             yield ("skip_at_most",), "has no meaning with `on_trip: freeze`; take it out, or write `on_trip: skip`"
+
+
+class Hold(Section):
+    """When no new cycle begins, and how long that may last."""
+
+    at_most_s: Annotated[float, duration("1s", "720h")] = Field(default=86400.0, alias="at_most")
+    free_mib: Annotated[int, size("MiB", "1MiB", "1024GiB")] | None = Field(default=None, alias="free")
 
 
 class Resume(Section):
@@ -725,7 +753,7 @@ class WebhookPlace(Section):
             yield ("insecure",), f"has no meaning for an address that {tail}; take it out"
 
 
-Told = Literal["freeze.entered", "resume.requested", "resume.applied", "run.finished", "run.interrupted"]
+Told = Literal["freeze.entered", "resume.requested", "resume.applied", "run.halted", "run.finished", "run.interrupted"]
 _EVERY: tuple[Told, ...] = get_args(Told)
 
 
@@ -769,6 +797,7 @@ class GuardPolicy(Section):
     updates: Updates = Field(description="the update gate: which optimizer steps may move the weights")
     promotion: Promotion = Field(description="the promotion gate: which weights may become the actor")
     freeze: Freeze = Freeze()
+    hold: Hold = Hold()
     resume: Resume | None = None
     audit: Audit = Audit()
     notify: Notify | None = None

@@ -13,7 +13,7 @@
 Importing this needs no torch, so that `status`, `freeze` and `resume` answer at once.
 """
 
-from loopguard.snapshots.capsule import Capsule, read_capsule, write_capsule
+from loopguard.snapshots.capsule import Capsule, capsule_digest, read_capsule, write_capsule
 from loopguard.snapshots.files import replace_durably, sync_directory, writing
 from loopguard.snapshots.ring import Ring, Slot
 from loopguard.snapshots.sharded import load_sharded, save_sharded
@@ -32,6 +32,7 @@ __all__ = [
     "TapedUpdate",
     "Writer",
     "Written",
+    "capsule_digest",
     "load_sharded",
     "read_capsule",
     "replace_durably",

@@ -145,6 +145,14 @@ def read_capsule(folder: Path, digest: str | None = None) -> Capsule:
     return capsule
 
 
+def capsule_digest(folder: Path) -> str | None:
+    """What the capsule of a folder is called now, without reading more of it; None where there is none."""
+    try:
+        return hashlib.sha256((folder / CAPSULE).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 def _write_start(
     folder: Path, anchor: Slot | str | None, store: SnapshotStore | None, left_out: dict[str, str]
 ) -> str | None:

@@ -23,7 +23,7 @@ from loopguard.integrations.torch.device import LatePath
 from loopguard.integrations.torch.digest import sha256
 from loopguard.integrations.torch.optimizers import put_back
 from loopguard.integrations.torch.ranks import TorchPeers, join, sharded_alone, withheld_anywhere
-from loopguard.integrations.torch.rng import rng_state, set_rng_state
+from loopguard.integrations.torch.rng import rng_state, seed_all, set_rng_state
 from loopguard.integrations.torch.settings import settings
 from loopguard.integrations.torch.steps import Steps
 from loopguard.integrations.torch.veto import FUSED_KERNELS_WITH_A_FLAG
@@ -201,6 +201,10 @@ class TorchLearner:
     def rng(self) -> dict[str, Any]:
         """The state of every generator."""
         return rng_state()
+
+    def seed(self, seed: int) -> None:
+        """Begin anew with every random generator."""
+        seed_all(seed)
 
     def set_rng(self, state: dict[str, Any]) -> None:
         """Go back to such a state."""

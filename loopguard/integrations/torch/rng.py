@@ -20,6 +20,14 @@ def rng_state() -> dict[str, Any]:
     return state
 
 
+def seed_all(seed: int) -> None:
+    """Begin anew with all of them, from a number of 32 bits."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if (numpy := sys.modules.get("numpy")) is not None:
+        numpy.random.seed(seed)
+
+
 def set_rng_state(state: dict[str, Any]) -> None:
     """Go back there."""
     random.setstate(state["python"])
