@@ -108,7 +108,7 @@ _ORDER: dict[str, Order | Steps] = {
     "freeze.running_calls": (("kill",), ("drain",)),
     "freeze.capsule_mib": "neutral",
     # Which signal stops a run is a matter of taste; that one does is not.
-    "freeze.signal": (("USR1", "USR2", "HUP"), ("none",)),
+    "freeze.signal": ((True,), (False,)),
     "freeze.waive_at_most": "smaller",
     "freeze.probation.cycles": "larger",
     "freeze.probation.tighten": "smaller",
@@ -225,6 +225,7 @@ def _effective(policy: GuardPolicy) -> dict[str, Any]:
     said["notify"] = _notify(said["notify"])
     # Not to skip at all is the tightest way of skipping.
     said["freeze"]["skip_at_most"] = said["freeze"]["skip_at_most"] or {"updates": 0, "per": math.inf}
+    said["freeze"]["signal"] = said["freeze"]["signal"] != "none"
     # No probation is one of no cycles, and no budget one that is never used up.
     said["freeze"]["probation"] = said["freeze"]["probation"] or {"cycles": 0, "tighten": 1.0}
     said["freeze"]["halt_above"] = said["freeze"]["halt_above"] or {"freezes": math.inf, "cycles": 0}

@@ -97,7 +97,9 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*"): {"privileges": "multi", "queue": 1000, "background": False, "egress": None},
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
     ("tools",): {"budget": None},
-    (): {"resume": None, "notify": None},
+    ("tools", "rules", "*"): {"on_freeze": None},
+    ("freeze",): {"signal": "USR2", "waive_at_most": 5, "probation": None, "halt_above": None},
+    (): {"resume": None, "notify": None, "hold": {"at_most_s": 86400.0, "free_mib": None}},
     ("audit",): {"checkpoint_every": 1000, "anchors": []},
 }
 
@@ -118,13 +120,15 @@ def canonical(policy: GuardPolicy) -> str:
     return json.dumps(said, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-def _sections(section: dict[str, Any], way: tuple[str, ...]) -> Iterator[dict[str, Any]]:
-    """The sections at the end of a way, where `*` stands for every name."""
+def _sections(section: Any, way: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The sections at the end of a way, where `*` stands for every name, or every place in a list."""
     if not way:
         yield section
-        return
-    for key in list(section) if way[0] == "*" else [way[0]]:
-        yield from _sections(section[key], way[1:])
+    elif way[0] != "*":
+        yield from _sections(section[way[0]], way[1:])
+    else:
+        for one in section if isinstance(section, list) else section.values():
+            yield from _sections(one, way[1:])
 
 
 def shipped(name: str) -> Path:

@@ -143,7 +143,9 @@ class TestLaterKeys:
         for profile in said["sandbox"]["profiles"].values():
             places = (
                 *((profile, SANDBOX), (profile["limits"], (*SANDBOX, "limits"))),
-                *((said["tools"], ("tools",)), (said["audit"], ("audit",)), (said, ())),
+                *((rule, ("tools", "rules", "*")) for rule in said["tools"]["rules"]),
+                *((said[name], (name,)) for name in ("tools", "freeze", "audit")),
+                (said, ()),
             )
             for section, way in places:
                 assert not [key for key, value in _LATER[way].items() if key in section and section[key] == value]
@@ -160,7 +162,8 @@ class TestLaterKeys:
         """Where this fails, a default has changed. Leave the table alone: then the digest changes with the meaning."""
         said = small().model_dump(mode="json")
         profile = said["sandbox"]["profiles"]["offline"]
-        sections = {"*": profile, "limits": profile["limits"], "tools": said["tools"], "audit": said["audit"]}
+        sections = {"limits": profile["limits"], **{name: said[name] for name in ("tools", "freeze", "audit")}}
+        sections["*"] = said["tools"]["rules"][0] if "rules" in way else profile
         section = sections[way[-1]] if way else said
         assert {key: section[key] for key in before} == before
 

@@ -57,7 +57,7 @@ def test_a_file_of_mistakes_is_refused_without_a_long_search(findings):
 
 
 class TestWhatNoCodeEnforcesYet:
-    @pytest.mark.parametrize("section", ["capabilities", "approvals", "people", "extends", "budgets", "probation"])
+    @pytest.mark.parametrize("section", ["capabilities", "approvals", "people", "extends", "budgets", "waivers"])
     def test_a_section_of_the_future_is_refused(self, findings, section):
         assert findings(("name: small", f"name: small\n{section}: {{}}")) == [
             f"3:1: no code enforces {section!r} yet; take it out"
