@@ -28,7 +28,7 @@ from loopguard.errors import (
 )
 from loopguard.state import standing, submit
 from loopguard.testing import FakeRuntime, fake_runtimes
-from loopguard.types import Outcome, ToolCall
+from loopguard.types import Decision, Outcome, ToolCall
 
 POLICY = """
 apiVersion: loopguard/v1
@@ -875,3 +875,36 @@ def test_the_shipped_fakes_can_be_awaited_and_lend_episodes(lab):
         assert bounded(station.arun(a_call())).text == "42"
         with station.episode("rollout") as episode:
             assert bounded(episode.arun(a_call("ls", tool="sh"))).text == "42"
+
+
+class TestCallsThatAFreezeFinds:
+    """Each tool says whether its calls are ended, or come to their own end."""
+
+    def drained(self, lab, **freezes):
+        lab.policy.write_text(
+            POLICY.replace("tool: sh, then: run, sandbox: rollout", "tool: sh, then: run, sandbox: offline")
+        )
+        for tool, word in freezes.items():
+            text = lab.policy.read_text()
+            lab.policy.write_text(
+                text.replace(f"tool: {tool}, then: run,", f"tool: {tool}, then: run, on_freeze: {word},")
+            )
+        lab.held()
+        with lab.guard() as guard, ThreadPoolExecutor(2) as threads:
+            runtime = lab.runtimes["pooled"]
+            calls = [a_call(tool="python"), a_call(tool="sh")]
+            jobs = [threads.submit(guard._calls.run, [call], cycle=1) for call in calls]
+            while len(runtime.blocked) < 2:
+                time.sleep(0.005)
+            guard._freeze(Decision(result="freeze", gate="operator", rule="request", reason="stop"), cycle=1)
+            runtime.free.set()
+            ends = [job.exception(timeout=20) for job in jobs]
+        return calls, ["killed" if end else "came back" for end in ends]
+
+    def test_one_is_killed_and_the_other_comes_back(self, lab):
+        calls, ends = self.drained(lab, sh="drain")
+        assert ends == ["killed", "came back"]
+        assert [lab.story(call)[-1] for call in calls] == ["tool.lost", "tool.finished"]
+
+    def test_without_a_word_both_are_killed(self, lab):
+        assert self.drained(lab)[1] == ["killed", "killed"]

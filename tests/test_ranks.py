@@ -16,9 +16,10 @@ torch = pytest.importorskip("torch", reason="ranks need torch")
 
 from loopguard.audit import read
 from loopguard.audit.verify import OK, UNANCHORED, verify
-from loopguard.cli.app import main
+from loopguard.cli.app import _main, main
 from loopguard.snapshots import SnapshotStore, read_capsule
 from loopguard.state import standing, submit
+from loopguard.types import WayOn
 
 pytestmark = [
     pytest.mark.slow,
@@ -279,6 +280,56 @@ def test_ranks_that_wait_resume_together_and_end_as_if_nothing_had_been(tmp_path
     assert resumes[1][0].actor == {"kind": "person", "id": "dana"}
     for stream in ("controller", "rank-1"):
         assert verify(run_dir, stream=stream).code in (OK, UNANCHORED)
+
+
+def answered(tmp_path, plan, **way):
+    """Two ranks that wait, of which one loss is no number, and somebody who says how to go on. Gives what they told."""
+    plan = {"freeze": "when_frozen: wait", "factor": {"1/6": "nan"}, **plan}
+    processes = start(tmp_path, {"waiting": plan})
+    run_dir = tmp_path / "waiting" / "run"
+    deadline = time.monotonic() + 60
+    try:
+        while time.monotonic() < deadline and all(process.poll() is None for process in processes):
+            if any(run_dir.glob("audit/controller/seg-*")) and (now := standing(run_dir)).frozen and now.acknowledged:
+                submit(run_dir, "resume", by="dana", reason="bad data", freeze=now.freeze, way=WayOn(**way))
+                break
+            time.sleep(0.2)
+    except BaseException:
+        end(processes)
+        raise
+    finish(tmp_path, processes, timeout_s=60)
+    for stream in ("controller", "rank-1"):
+        assert verify(run_dir, stream=stream).code in (OK, UNANCHORED)
+    return told(tmp_path, "waiting")
+
+
+def test_ranks_pass_a_discarded_cycle_over_together(tmp_path):
+    """Each rank has its own data, and goes on having them: the two are not given the same seed."""
+    first, second = answered(tmp_path, {"cycles": 3}, disposition="discard")
+    for one in (first, second):
+        assert one["error"] == ""
+        assert one["results"].count("promote allow") == 2
+    assert first["losses"][-1] != second["losses"][-1]
+    for stream in ("controller", "rank-1"):
+        begun = [entry.cycle for entry in entries(tmp_path, "waiting", stream, "cycle.started")]
+        assert begun == [1, 2, 3]
+
+
+def test_ranks_that_are_halted_end_together(tmp_path):
+    assert [one["frozen"] for one in answered(tmp_path, {}, disposition="halt")] == [True, True]
+    for stream in ("controller", "rank-1"):
+        (halted,) = entries(tmp_path, "waiting", stream, "run.halted")
+        assert (halted.body["by"], halted.body["because"]) == ("dana", "decision")
+
+
+def test_the_state_of_several_ranks_cannot_be_accepted_and_they_stay_frozen(tmp_path, capsys):
+    plan = {"factor": {"1/6": "nan"}}
+    finish(tmp_path, start(tmp_path, {"waiting": plan}))
+    run_dir = str(tmp_path / "waiting" / "run")
+    words = ["resume", run_dir, "--by", "dana", "--reason", "fine", "--disposition", "accept"]
+    assert _main(words) == 2
+    assert "of several ranks cannot be accepted" in capsys.readouterr().err
+    assert standing(tmp_path / "waiting" / "run").frozen
 
 
 def torchrun(folder, plan):

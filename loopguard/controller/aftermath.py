@@ -5,7 +5,6 @@ All of it follows from the log, so that a loop that is started again stands wher
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
@@ -73,6 +72,14 @@ class Aftermath:
             case _:
                 return
 
+    def facts(self) -> dict[str, Any]:
+        """All of it, for another rank: its own log may lack what happened while it was not there."""
+        return {name: value for name, value in vars(self).items() if name != "_policy"}
+
+    def load(self, facts: dict[str, Any]) -> None:
+        """Stand where rank 0 stands."""
+        vars(self).update(facts)
+
     def begin(self, cycle: int) -> None:
         """A cycle begins."""
         self._cycle = cycle
@@ -134,8 +141,3 @@ def suspect_state(run_dir: Path, freeze: str) -> tuple[str, Any]:
     told = [one for one in read.entries(run_dir, types=("freeze.entered",)) if one.body.get("freeze") == freeze]
     capsule = accepted(run_dir, told[-1].body if told else {"freeze": freeze})
     return str(capsule.suspect), capsule.suspect_state()
-
-
-def seed_after(run: str, freeze: str) -> int:
-    """What the generators begin with after a discarded cycle: with the state of before they would draw it once more."""
-    return int.from_bytes(hashlib.sha256(f"{run} {freeze}".encode()).digest()[:4], "big")

@@ -22,7 +22,7 @@ from loopguard.audit import read
 from loopguard.audit.log import AuditLog
 from loopguard.controller import aftermath, signals
 from loopguard.controller import directory as directories
-from loopguard.controller.aftermath import Aftermath, seed_after, suspect_state
+from loopguard.controller.aftermath import Aftermath, suspect_state
 from loopguard.controller.calls import Calls, EpisodeCalls, NoCell
 from loopguard.controller.cells import Cells, docker
 from loopguard.controller.cycle import Cycle
@@ -547,6 +547,7 @@ class LoopGuard:
                 "reason": self._state.reason,
                 "count": self._state.count - (consensus.said is not None),
                 "promoted": asdict(self._good.promoted) if self._good.promoted else None,
+                "after": self._after.facts(),
             }
         )
         compare(standings)
@@ -556,6 +557,7 @@ class LoopGuard:
             self._ledger.last = self._good.promoted.update if self._good.promoted else 0
             self._state.follow(count=first["count"], freeze=first["freeze"], reason=first["reason"])
             self._settle()
+            self._after.load(first["after"])
         consensus.stopped = bool(first["freeze"])
         if not consensus.stopped and any(one["frozen"] for one in standings):
             # Nothing has been applied, so nothing has to be agreed upon.
@@ -719,7 +721,8 @@ class LoopGuard:
         freeze, way = self._after.owed
         learner = self._held()
         if way.disposition == "discard":
-            learner.seed(seed_after(self.run_id, freeze))
+            # With the generators of before, the batches of the discarded cycle would be drawn once more.
+            learner.reseed(f"{self.run_id} {freeze}")
             self._good.adopt(self._whole_state(), self._facts(cycle=self.promoted_cycle))
             return
         name, state = suspect_state(self.run_dir, freeze)

@@ -125,8 +125,8 @@ class Learner(Protocol):
         """Go back to such a state of the generators."""
         ...
 
-    def seed(self, seed: int) -> None:
-        """Begin anew with every random generator."""
+    def reseed(self, salt: str) -> None:
+        """Begin anew with every random generator, from where it is now and a salt."""
         ...
 
     def settings(self) -> dict[str, Any]:

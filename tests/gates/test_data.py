@@ -160,3 +160,33 @@ def test_a_check_whose_call_failed_does_not_hold():
     claim = record(1, check=Check(tool="python", code="", expected="24"))
     assert not holds(claim, Outcome(call_id="c", status="timeout", stdout=b"24"))
     assert not holds(claim, Outcome(call_id="c", status="denied"))
+
+
+class TestStrictness:
+    KEPT = {"kept_share": {"min": 0.0, "max": 1.0, "max_change": 0.5}}
+
+    def kept(self, gate, share):
+        return gate.verdict([record(n) for n in range(round(share * 100))], proposed=100)
+
+    def judging(self, **strict):
+        watch = gate(**self.KEPT)
+        watch.commit(self.kept(watch, 0.4))
+        watch.promoted()
+        watch.adjust(**{"share": 1.0, "waived": "", **strict})
+        return watch
+
+    def test_a_share_lets_less_change(self):
+        assert self.kept(self.judging(), 0.55).decision.result == "allow"
+        assert self.kept(self.judging(share=0.5), 0.55).decision.rule == "kept_share"
+
+    def test_a_waived_change_is_told_and_passes(self):
+        batch = self.kept(self.judging(waived="kept_share"), 0.9)
+        assert batch.decision.allowed
+        assert "the loop kept 90.0%" in batch.decision.facts["waived"][0]
+
+    def test_checks_that_do_not_hold_are_not_waived(self):
+        watch = gate(recheck={"sample": 4, "max_wrong_share": 0.25})
+        watch.adjust(share=1.0, waived="recheck")
+        checked = record(1, check=Check(tool="python", code="1", expected="2"))
+        wrong = Outcome(call_id="c", status="ok", stdout=b"3", exit_code=0)
+        assert watch.verdict([checked], proposed=None, rechecked=[(checked, wrong)]).decision.rule == "recheck"

@@ -102,3 +102,31 @@ class TestEvidenceOverCycles:
         panel = OLD | {"correct": 0.5}
         one, other = (gate.decide(panel, previous=OLD | {"correct": 0.57}, cycle=9) for gate in (first, second))
         assert one == other
+
+
+class TestStrictness:
+    def gate(self, **strict):
+        gate = PromotionGate(Promotion.model_validate({"panel": PANEL}))
+        gate.adjust(**{"share": 1.0, "waived": "", **strict})
+        return gate
+
+    def test_a_share_makes_every_change_that_is_allowed_smaller(self):
+        assert self.gate(share=0.5).decide(OLD | {"correct": 0.59}, previous=OLD, cycle=1).allowed
+        decision = self.gate(share=0.5).decide(OLD | {"correct": 0.61}, previous=OLD, cycle=1)
+        assert decision.result == "freeze"
+        assert "allows 0.1 in probation" in decision.reason
+
+    def test_a_waived_change_passes_and_the_reason_says_what_passed(self):
+        decision = self.gate(waived="change:correct").decide(OLD | {"correct": 0.9}, previous=OLD, cycle=1)
+        assert decision.allowed
+        assert decision.reason.startswith("waived: correct gained 0.4")
+
+    def test_nothing_else_passes_with_it(self):
+        gate = self.gate(waived="change:correct")
+        assert gate.decide(OLD | {"correct": 0.9, "loss": 9.0}, previous=OLD, cycle=1).rule == "change:loss"
+        assert gate.decide(OLD | {"correct": 1.1}, previous=OLD, cycle=1).rule == "domain:correct"
+
+    def test_what_is_outside_of_its_domain_is_not_waived(self):
+        assert (
+            self.gate(waived="domain:correct").decide(OLD | {"correct": 1.1}, previous=OLD, cycle=1).result == "freeze"
+        )

@@ -170,3 +170,49 @@ class TestSkip:
         results = [decide(watch, 0.5, update).result for update in range(80, 90)]
         assert "skip" not in results
         assert "freeze" in results
+
+
+def frozen_at(watch, *, level=0.5):
+    """How many readings of another level it takes."""
+    return next(update for update in range(80, 120) if decide(watch, level, update).result == "freeze")
+
+
+class TestStrictness:
+    def test_a_share_of_the_reach_takes_fewer_readings(self):
+        tight = steady(gate())
+        tight.adjust(share=0.5, waived="")
+        assert frozen_at(tight) < frozen_at(steady(gate()))
+
+    def test_a_share_of_one_is_the_usual_reach_again(self):
+        watch = steady(gate())
+        watch.adjust(share=0.5, waived="")
+        watch.adjust(share=1.0, waived="")
+        assert frozen_at(watch) == frozen_at(steady(gate()))
+
+    def test_strictness_is_no_part_of_the_state(self):
+        tight = steady(gate())
+        tight.adjust(share=0.5, waived="jump:loss")
+        loose = gate()
+        loose.load_state_dict(tight.state_dict())
+        assert frozen_at(loose) == frozen_at(steady(gate()))
+
+    def test_a_waived_rule_warns_and_holds_no_promotion_up(self):
+        watch = steady(gate())
+        watch.adjust(share=1.0, waived="jump:loss")
+        decisions = [decide(watch, 0.5, update) for update in range(80, 100)]
+        assert {decision.result for decision in decisions} == {"allow"}
+        assert any(signal.reason.startswith("waived: loss fell") for d in decisions for signal in d.signals)
+        assert watch.holding == ()
+
+    def test_what_is_impossible_is_not_waived(self):
+        watch = steady(gate())
+        watch.adjust(share=1.0, waived="bounds:loss")
+        assert decide(watch, math.nan, 80).result == "freeze"
+        watch.adjust(share=1.0, waived="jump:loss")
+        assert decide(watch, 1e9, 81).result == "freeze"  # one reading that is absurd is no new level
+
+    def test_a_level_that_was_accepted_is_the_new_one(self):
+        watch = steady(gate())
+        frozen_at(watch)
+        watch.relearn("jump:loss")
+        assert {decide(watch, 0.5 + update % 5 / 50, update).result for update in range(100, 200)} == {"allow"}

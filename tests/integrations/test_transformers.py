@@ -334,6 +334,28 @@ class TestCheckpoints:
         assert again.state.global_step == 8
         assert "undid" in lab.events("snapshot.restored")[-1].body["because"]
 
+    def test_a_state_that_was_accepted_is_trained_on_from(self, lab):
+        """Whatever checkpoint the trainer loads: people have decided, and the optimizer comes with the weights."""
+        lab.write(monitors=FINITE, panel=STRICT)
+        arguments = {
+            "eval_rows": batches(1),
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "learning_rate": 3.0,
+            "optim": "sgd",
+            **SAVING,
+        }
+        with pytest.raises(LoopFrozen):
+            lab.train(make_trainer(lab.tmp_path, batches(8, {4: -60.0}), **arguments))
+        words = ["--by", "dana", "--reason", "a harder batch, as planned", "--disposition", "accept", "--waive", "5"]
+        assert _main(["resume", str(lab.run_dir), *words]) == 0
+        suspect = read_capsule(lab.run_dir / "freezes" / "f1").suspect_state()["learner"]["model"]
+        second = Diary()
+        again = make_trainer(lab.tmp_path, batches(8), callbacks=[second], **arguments)
+        lab.train(again, resume_from_checkpoint=True)
+        assert all(torch.equal(one, suspect[name]) for name, one in second.before[0][0].items())
+        assert again.state.global_step == 8
+
     def test_the_checkpoint_that_a_freeze_went_back_to_is_as_good_as_before(self, lab):
         lab.write(monitors=FINITE, panel=STRICT)
         arguments = {"eval_rows": batches(1), "learning_rate": 3.0, "optim": "sgd", **EVERY_TWO, **SAVING}

@@ -23,7 +23,7 @@ from loopguard.integrations.torch.device import LatePath
 from loopguard.integrations.torch.digest import sha256
 from loopguard.integrations.torch.optimizers import put_back
 from loopguard.integrations.torch.ranks import TorchPeers, join, sharded_alone, withheld_anywhere
-from loopguard.integrations.torch.rng import rng_state, seed_all, set_rng_state
+from loopguard.integrations.torch.rng import reseed, rng_state, set_rng_state
 from loopguard.integrations.torch.settings import settings
 from loopguard.integrations.torch.steps import Steps
 from loopguard.integrations.torch.veto import FUSED_KERNELS_WITH_A_FLAG
@@ -202,9 +202,9 @@ class TorchLearner:
         """The state of every generator."""
         return rng_state()
 
-    def seed(self, seed: int) -> None:
-        """Begin anew with every random generator."""
-        seed_all(seed)
+    def reseed(self, salt: str) -> None:
+        """Begin anew with every random generator, from where it is now and a salt."""
+        reseed(salt)
 
     def set_rng(self, state: dict[str, Any]) -> None:
         """Go back to such a state."""
