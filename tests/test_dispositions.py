@@ -201,6 +201,33 @@ class TestAccept:
             # A rollback goes to the last promoted state: what was accepted before is not that.
             assert guard.state_digest() != accepted
 
+    @pytest.mark.parametrize("promote", [0, 1])
+    def test_a_rollback_after_it_means_what_was_promoted_in_a_loop_that_waits_as_well(self, lab, promote):
+        under(lab, "when_frozen: wait, waive_at_most: 5")
+        seen = []
+
+        def until(freeze):
+            while not (standing(lab.run_dir).freeze == freeze and standing(lab.run_dir).acknowledged):
+                time.sleep(0.02)
+
+        def rolls_back():
+            until("f2")
+            submit(lab.run_dir, "resume", by="dana", reason="no", freeze="f2", way=WayOn())
+
+        with once_frozen(lab, asks(lab, disposition="accept"), rolls_back), lab.build(lab.open()) as guard:
+            for cycle in guard.cycles(promote + 1):
+                seen.append((cycle.number, guard.state_digest()))
+                for number in range(4):
+                    trips = number == 3 and cycle.number == promote + 1 and len(seen) < promote + 3
+                    if lab.update(cycle, factor=float("nan") if trips else 1.0).result != "allow":
+                        break
+                if not cycle.discarded:
+                    lab.promote(cycle)
+        at_first, accepted, after_rollback = seen[-3:]
+        assert accepted[1] != at_first[1]
+        assert after_rollback == at_first
+        assert verify(lab.run_dir).findings == []
+
     def test_a_start_before_the_next_promotion_goes_back_to_it_again(self, lab):
         jumped(lab)
         resume(lab, "--disposition", "accept")

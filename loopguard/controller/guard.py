@@ -693,7 +693,11 @@ class LoopGuard:
             self._log.append("note.added", {"by": "loopguard", "text": f"the run stays frozen: {why}"})
             return
         back = self._learner is not None and self._good.held
-        if back:
+        if back and self._good.accepted and way.disposition != "accept":
+            # Whoever rolls back, or signs that, means what was promoted, and not what was accepted since.
+            self._put_back(self._good.beneath(), actor_too=True)
+            self._good.adopt(self._whole_state(), self._facts(cycle=self.promoted_cycle))
+        elif back:
             self._go_back(actor_too=True)  # first: a run that could not go back stays frozen
         self._state.resume(by=by, reason=reason, way=way, consent=consent)
         self._resumes += 1

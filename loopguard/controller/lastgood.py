@@ -42,6 +42,8 @@ class LastGood:
         self._under_way: Written | None = None
         self._lost: Exception | None = None
         self._digest: str | None = self.promoted.snapshot if self.promoted else None
+        self._beneath: str | None = None
+        """The boundary that a rollback goes back to, where people have accepted another state since."""
 
     def share(self, store: SnapshotStore, promoted: Promoted | None) -> None:
         """From now on the ranks write each snapshot together, and rank 0 has said what is promoted."""
@@ -66,10 +68,24 @@ class LastGood:
         return self.store.read(self.promoted.snapshot)
 
     def adopt(self, state: Any, facts: Mapping[str, Any], *, name: str | None = None) -> None:
-        """Hold the promoted state that was just restored, or another one, by its name, that people decided on."""
+        """Hold the promoted state that was just restored; with the name of its snapshot, one that people accepted."""
+        if name is not None and self._beneath is None:
+            self._beneath = self.digest()
         self._flip(self.take(state, facts))
         self._digest = name or self._digest
         self._prune()
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the boundary is a state that people accepted and nobody promoted."""
+        return self._beneath is not None
+
+    def beneath(self) -> Any:
+        """The boundary before it, which is so again from now on, from disk. Raises SnapshotError where it is gone."""
+        assert self._beneath is not None
+        state = self.store.read(self._beneath)
+        self._digest, self._beneath = self._beneath, None
+        return state
 
     def take(self, state: Any, facts: Mapping[str, Any]) -> Slot:
         """Copy a state into memory: a candidate, until `promote`.
@@ -94,7 +110,7 @@ class LastGood:
             self._digest = digest
             self._prune()
 
-        self._digest = None
+        self._digest = self._beneath = None
         self._under_way = self._writer.submit(slot, slot.facts, written)
 
     def roll_back(self, snapshot: str) -> None:
@@ -156,7 +172,7 @@ class LastGood:
         self._prune()
 
     def _prune(self) -> None:
-        kept = {self._digest} if self._digest else set()
+        kept = {name for name in (self._digest, self._beneath) if name}
         self.store.prune(keep=kept | {one.snapshot for one in self.store.history()[: self._keep]})
 
     def _flip(self, slot: Slot) -> None:
