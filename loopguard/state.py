@@ -21,7 +21,7 @@ from loopguard.approvals import Approvals, book
 from loopguard.audit import read
 from loopguard.audit.events import Head, printable
 from loopguard.consent.book import Book, count, later
-from loopguard.errors import LoopFrozen, UsageError
+from loopguard.errors import DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import write_synced
 from loopguard.types import NOTHING, ROLL_BACK, WayOn
@@ -123,7 +123,7 @@ class FreezeState:
         """
         self._dir = run_dir
         self._log = log
-        self._latch = run_dir / "latch"
+        self._latches = latches(run_dir)
         self._follows = follows
         """The stream of a rank that does not own the run."""
         self._approvals = (
@@ -142,7 +142,7 @@ class FreezeState:
         if follows is not None:
             # The owner may be about to settle what is there: it tells in `follow`.
             self._freeze, self._reason = None, ""
-        elif self._latch.exists():
+        elif self._latched:
             self._adopt_latch(turns[-1] if turns else None)
         elif contradiction := _contradiction(run_dir):
             self._enter(rule="cache", gate="audit", reason=contradiction)
@@ -150,7 +150,11 @@ class FreezeState:
     @property
     def frozen(self) -> bool:
         """Whether anything says frozen: this process, or a latch that somebody set beside it."""
-        return self._freeze is not None or self._latch.exists()
+        return self._freeze is not None or self._latched
+
+    @property
+    def _latched(self) -> bool:
+        return any(latch.exists() for latch in self._latches)
 
     @property
     def halted(self) -> bool:
@@ -292,7 +296,7 @@ class FreezeState:
 
     def stirred(self) -> bool:
         """Whether somebody outside asked for something, or set the latch: a look that costs next to nothing."""
-        if self._freeze is None and self._latch.exists():
+        if self._freeze is None and self._latched:
             return True
         if self._follows is not None:
             return False
@@ -410,8 +414,10 @@ class FreezeState:
         self._enter(rule="latch", gate="operator", reason=latch["reason"])
 
     def _unlatch(self) -> None:
-        self._latch.unlink(missing_ok=True)
-        sync_directory(self._dir)
+        for latch in self._latches:
+            if latch.exists():
+                latch.unlink(missing_ok=True)
+                sync_directory(latch.parent)
 
     def _enter(
         self,
@@ -468,17 +474,44 @@ def signal_facts(signal: Signal) -> dict[str, Any]:
 def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     """Freeze a run directory by its latch alone. Anyone may; a latch that is there already stays as it is.
 
-    It appears whole or not at all, also where several processes set it at once. Raises DiskError.
+    It appears whole or not at all, also where several processes set it at once. Where the run directory takes nothing,
+    it is set in the second place that the guard policy names. Raises DiskError where no place takes it.
     """
-    latch = run_dir / "latch"
-    if latch.exists():
+    places = latches(run_dir)
+    if any(latch.exists() for latch in places):
         return
     body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
-    partial = run_dir / f".latch-{uuid.uuid4().hex}"
+    data = json.dumps(body, sort_keys=True).encode() + b"\n"
+    for latch in places[:-1]:
+        try:
+            _write_latch(latch, data)
+        except DiskError:
+            continue
+        return
+    _write_latch(places[-1], data)
+
+
+def _write_latch(latch: Path, data: bytes) -> None:
+    partial = latch.parent / f".latch-{uuid.uuid4().hex}"
     with writing(latch):
-        write_synced(partial, json.dumps(body, sort_keys=True).encode() + b"\n")
+        write_synced(partial, data)
         partial.rename(latch)
-        sync_directory(run_dir)
+        sync_directory(latch.parent)
+
+
+def latches(run_dir: Path) -> list[Path]:
+    """Where the latch of a run may lie: in its directory, and where the guard policy names a second place, there."""
+    try:
+        facts = run_facts(run_dir)
+    except UsageError:
+        return [run_dir / "latch"]
+    second = facts.get("second_latch")
+    return [run_dir / "latch", *([Path(second)] if isinstance(second, str) else [])]
+
+
+def latched(run_dir: Path) -> bool:
+    """Whether a latch is set, in either place."""
+    return any(latch.exists() for latch in latches(run_dir))
 
 
 def anchor_lost(run_dir: Path, reason: str) -> None:
@@ -572,7 +605,7 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
     freeze, reason = _told(turns)
     since = turns[-1].ts if freeze else None
     acknowledged = True
-    if freeze is None and (run_dir / "latch").exists():
+    if freeze is None and latched(run_dir):
         latch = _read_latch(run_dir)
         freeze, reason, since, acknowledged = latch["freeze"], latch["reason"], latch["ts"], False
     if freeze is None and (contradiction := _contradiction(run_dir)):
@@ -608,7 +641,7 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         return None
     types = (*_TURNS, "policy.loaded")
     told = read.since(run_dir, CONTROLLER, Head(seq, str(cache.get("hash"))), types=types)
-    if told is None or any(entry.type in _TURNS for entry in told) or (run_dir / "latch").exists():
+    if told is None or any(entry.type in _TURNS for entry in told) or latched(run_dir):
         return None
     since = Book()
     for entry in told:
@@ -694,8 +727,8 @@ def _contradiction(run_dir: Path) -> str:
 def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
-        latch = json.loads((run_dir / "latch").read_bytes())
-    except (OSError, ValueError, RecursionError):
+        latch = json.loads(next(place for place in latches(run_dir) if place.exists()).read_bytes())
+    except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
     return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
 

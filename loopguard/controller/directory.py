@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopguard import __version__
@@ -21,7 +23,6 @@ from loopguard.state import run_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-    from pathlib import Path
 
     from loopguard.audit.events import Entry
     from loopguard.notify import Endpoint
@@ -89,6 +90,7 @@ def check(
     """Whether this directory may be used under this policy; the body of `policy.adopted` where it changes hands."""
     # Before anything is laid out: the log could not be opened with them.
     refuse_inside(run_dir, anchors(loaded.policy))
+    check_second_latch(run_dir, loaded.policy)
     log_key(run_dir)
     if not (run_dir / "run.json").exists():
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
@@ -190,13 +192,36 @@ def lay_out(
         replace_durably(kept, loaded.text.encode())
     if not (run_dir / "run.json").exists():
         body: dict[str, Any] = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": list(command)}
-        body |= {"versions": versions()} | ({"mode": mode} if mode else {})
+        body |= {"versions": versions()} | ({"mode": mode} if mode else {}) | _second_latch(loaded.policy, run_id)
         replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
 
 
-def set_policy(run_dir: Path, digest: str) -> None:
+def check_second_latch(run_dir: Path, policy: GuardPolicy) -> None:
+    """Raise UsageError where the second place for a latch is none: one that takes no file, or lies in the run."""
+    if policy.freeze.second_latch is None:
+        return
+    folder = Path(policy.freeze.second_latch).expanduser()
+    if folder.resolve().is_relative_to(run_dir.resolve()):
+        raise UsageError(f"freeze.second_latch is {folder}, in the run directory: name a folder on another volume")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (trial := folder / f".trial-{os.getpid()}").touch()
+        trial.unlink()
+    except OSError as error:
+        raise UsageError(f"freeze.second_latch is {folder}, which takes no file: {error.strerror}") from error
+
+
+def _second_latch(policy: GuardPolicy, run_id: str) -> dict[str, str]:
+    """What `run.json` says of it, for commands that read no policy."""
+    folder = policy.freeze.second_latch
+    return {"second_latch": str(Path(folder).expanduser() / f"{run_id}.latch")} if folder else {}
+
+
+def set_policy(run_dir: Path, loaded: LoadedPolicy) -> None:
     """From now on the directory belongs to this policy."""
-    body = run_facts(run_dir) | {"policy": digest}
+    facts = run_facts(run_dir)
+    kept = {name: value for name, value in facts.items() if name != "second_latch"}
+    body = kept | {"policy": loaded.digest} | _second_latch(loaded.policy, facts["id"])
     replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
 
 

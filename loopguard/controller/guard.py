@@ -38,7 +38,7 @@ from loopguard.gates.updates import UpdateGate
 from loopguard.notify import mirrored
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
-from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, run_facts, signal_facts
+from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, latched, run_facts, signal_facts
 from loopguard.types import ROLL_BACK, Decision, Expectation, ExpectedKind
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class LoopGuard:
         run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
         notifier = directories.notifier(loaded.policy, directory) if here.leads else None
         cells = Cells(loaded.policy, run_id, runtimes or docker)
-        if not (directory / "latch").exists():
+        if not latched(directory):
             cells.start()
         try:
             if here.leads:
@@ -187,7 +187,7 @@ class LoopGuard:
                 adopted = directories.check(directory, loaded, adopt_policy=adopt_policy, by=by, reason=reason)
             if adopted:
                 log.append("policy.adopted", adopted, actor={"kind": "person", "id": by or "unnamed"})
-                directories.set_policy(directory, loaded.digest)
+                directories.set_policy(directory, loaded)
             log.append("policy.loaded", directories.loaded_facts(loaded))
             log.append(
                 "run.started",

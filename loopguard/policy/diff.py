@@ -109,6 +109,8 @@ _ORDER: dict[str, Order | Steps] = {
     "freeze.capsule_mib": "neutral",
     # Which signal stops a run is a matter of taste; that one does is not.
     "freeze.signal": ((True,), (False,)),
+    # Another place may be one that takes nothing.
+    "freeze.second_latch": "any",
     "freeze.waive_at_most": "smaller",
     "freeze.probation.cycles": "larger",
     "freeze.probation.tighten": "smaller",

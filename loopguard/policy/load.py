@@ -98,7 +98,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
     ("tools",): {"budget": None},
     ("tools", "rules", "*"): {"on_freeze": None},
-    ("freeze",): {"signal": "USR2", "waive_at_most": 5, "probation": None, "halt_above": None},
+    ("freeze",): {"signal": "USR2", "waive_at_most": 5, "probation": None, "halt_above": None, "second_latch": None},
     (): {"resume": None, "notify": None, "hold": {"at_most_s": 86400.0, "free_mib": None}},
     ("audit",): {"checkpoint_every": 1000, "anchors": []},
 }

@@ -608,6 +608,10 @@ class FreezeBudget(Section):
     cycles: Count = Field(description="within how many cycles")
 
 
+_PLACE_PATH = re.compile(r"(/|~/).*")
+_OTHER_PLACE = "an absolute path, or one from ~/, so that it is the same place wherever the loop is started"
+
+
 class Freeze(Section):
     """What a trip of the update gate does, and what a freeze does to a running loop."""
 
@@ -616,6 +620,7 @@ class Freeze(Section):
     when_frozen: Literal["raise", "wait", "exit"] = "raise"
     running_calls: Literal["kill", "drain"] = "kill"
     signal: Literal["USR2", "USR1", "HUP", "none"] = "USR2"
+    second_latch: Text | None = None
     waive_at_most: Annotated[int, Field(ge=0, le=1000)] = 5
     probation: Probation | None = None
     halt_above: FreezeBudget | None = None
@@ -627,6 +632,8 @@ class Freeze(Section):
             yield ("skip_at_most",), "is missing: `on_trip: skip` needs a bound, such as {updates: 2, per: 100}"
         if self.on_trip == "freeze" and self.skip_at_most is not None:
             yield ("skip_at_most",), "has no meaning with `on_trip: freeze`; take it out, or write `on_trip: skip`"
+        if self.second_latch is not None and not _PLACE_PATH.fullmatch(self.second_latch):
+            yield ("second_latch",), f"is {shown(self.second_latch)}; expected {_OTHER_PLACE}"
 
 
 class Hold(Section):
@@ -674,10 +681,6 @@ class Resume(Section):
             within_s=self.within_s,
             execute_within_s=self.execute_within_s,
         )
-
-
-_PLACE_PATH = re.compile(r"(/|~/).*")
-_OTHER_PLACE = "an absolute path, or one from ~/, so that it is the same place wherever the loop is started"
 
 
 class FileAnchor(Section):

@@ -20,7 +20,7 @@ from lab import POLICY, Lab, bits
 from loopguard.audit import read
 from loopguard.audit.verify import verify
 from loopguard.cli.app import _main
-from loopguard.errors import AuditWriteError, DiskError, LoopFrozen
+from loopguard.errors import AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.state import standing, submit
 
 torch.set_num_threads(1)
@@ -150,10 +150,10 @@ class ReadOnly(Disk):
 class Run(Lab):
     """A run on such a disk, one promotion old, in the middle of its second cycle."""
 
-    def __init__(self, disk: Disk) -> None:
+    def __init__(self, disk: Disk, *, freeze: str = "when_frozen: raise") -> None:
         super().__init__(disk.place)
         self.disk = disk
-        self.policy.write_text(f"{POLICY}audit: {{reserve: 1MiB}}\n")
+        self.policy.write_text(f"{POLICY}audit: {{reserve: 1MiB}}\n".replace("when_frozen: raise", freeze))
         self.started: list[object] = []
         self.respond = lambda call: self.started.append(call) or "4"
         self.guard = self.build(self.open())
@@ -301,6 +301,38 @@ def test_a_disk_that_takes_nothing_at_all_holds_no_freeze_and_its_run_goes_on_fr
         assert guard.actor_digest == promoted
         run.run(guard, cycles=2)
     assert verify(run.run_dir).code == 20
+
+
+@only(ReadOnly)
+def test_with_a_second_place_for_the_latch_its_freeze_is_not_lost(disk, tmp_path):
+    """The record cannot be written; the latch lies elsewhere, and the next start comes up frozen."""
+    second = tmp_path / "other volume"
+    run = Run(disk, freeze=f"when_frozen: raise, second_latch: '{second}'")
+    promoted = run.guard.actor_digest
+    run.until_it_fails()
+    with pytest.raises((AuditWriteError, DiskError), match="Read-only file system"):
+        run.guard.close(finished=False)
+    assert [path.name for path in second.iterdir()] == [f"{run.guard.run_id}.latch"]
+    assert standing(run.run_dir).frozen
+    disk.mend()
+    with run.open() as guard:
+        assert guard.frozen
+        run.build(guard)
+        assert guard.actor_digest == promoted
+    assert _main(["resume", str(run.run_dir), "--by", "dana", "--reason", "the disk is mended"]) == 0
+    assert list(second.iterdir()) == []
+    with run.open() as guard:
+        run.build(guard)
+        run.run(guard, cycles=2)
+    assert verify(run.run_dir).code == 20
+
+
+def test_a_second_place_in_the_run_itself_or_one_that_takes_no_file_is_refused(tmp_path):
+    lab = Lab(tmp_path)
+    for place, said in ((lab.run_dir / "x", "in the run directory"), ("/proc/nothing", "takes no file")):
+        lab.policy.write_text(POLICY.replace("when_frozen: raise", f"second_latch: '{place}'"))
+        with pytest.raises(UsageError, match=said):
+            lab.open()
 
 
 def test_a_run_on_a_disk_that_was_remounted_read_only_does_not_start(tmp_path, capsys):

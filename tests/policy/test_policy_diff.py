@@ -136,6 +136,8 @@ TABLE = [
     ({}, {"freeze__signal": "HUP"}, "same"),
     ({}, {"freeze__signal": "none"}, "loosened"),
     ({}, {"freeze__waive_at_most": 4}, "tightened"),
+    ({}, {"freeze__second_latch": "/mnt/a"}, "tightened"),
+    ({"freeze__second_latch": "/mnt/a"}, {"freeze__second_latch": "/mnt/b"}, "loosened"),
     ({}, {"freeze__probation": {"cycles": 3, "tighten": 0.5}}, "tightened"),
     ({"freeze__probation": {"cycles": 3, "tighten": 0.5}}, {"freeze__probation": {"cycles": 4, "tighten": 0.5}},
      "tightened"),
