@@ -119,7 +119,8 @@ class FreezeState:
         self._needed: int | None = None
         """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
-        self._count = sum(entry.type == "freeze.entered" for entry in turns)
+        gone = read.pruned_front(run_dir, CONTROLLER)
+        self._count = sum(entry.type == "freeze.entered" for entry in turns) + (gone.state.freezes if gone else 0)
         self._freeze, self._reason = _told(turns[-1] if turns else None)
         if follows is not None:
             # The owner may be about to settle what is there: it tells in `follow`.
