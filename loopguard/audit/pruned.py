@@ -107,6 +107,8 @@ class Pruned:
         first = _count(body, "from")
         if not 0 < first <= last.seq < entry.seq or not is_digest(last.hash):
             raise BadPrunedError("does not say which records went")
+        if not is_digest(_text(body, "digest")) or not _count(body, "bytes") or not _text(body, "before"):
+            raise BadPrunedError("does not say what they held")
         return cls(
             entry=entry,
             first=first,
