@@ -18,12 +18,13 @@ pytest.importorskip("safetensors", reason="snapshots need safetensors")
 from lab import POLICY, Lab
 
 from loopguard.audit import read, segments
+from loopguard.audit.log import AuditLog
 from loopguard.audit.verify import verify
 from loopguard.cli.app import _main
 from loopguard.controller import prune as pruning
 from loopguard.controller.observe import Observer
 from loopguard.errors import AuditTamperedError, AuditWriteError, LoopFrozen, RunBusyError, UsageError
-from loopguard.state import set_latch, standing, submit
+from loopguard.state import run_facts, set_latch, standing, submit
 
 torch.set_num_threads(1)
 
@@ -55,13 +56,13 @@ def trained(lab):
     return lab
 
 
-def split(run_dir, most=6):
-    paths = read.segments(run_dir)
-    lines = [line.data + b"\n" for line in read.lines(run_dir)]
+def split(run_dir, most=6, *, stream="controller"):
+    paths = read.segments(run_dir, stream)
+    lines = [line.data + b"\n" for line in read.lines(run_dir, stream)]
     for path in paths:
         path.unlink()
     for start in range(0, len(lines), most):
-        path = read.stream_dir(run_dir) / segments.name(start + 1)
+        path = read.stream_dir(run_dir, stream) / segments.name(start + 1)
         path.write_bytes(b"".join(lines[start : start + most]))
 
 
@@ -135,6 +136,34 @@ def test_a_run_that_somebody_owns_is_busy(lab, capsys):
         assert _main(["audit", "prune", str(lab.run_dir), "--keep-days", "400", "--by", "d", "--reason", "r"]) == 7
 
 
+def test_other_streams_lose_what_is_old_as_well(lab):
+    """The controller's checkpoint commits to the record by which another stream says so."""
+    facts = run_facts(lab.run_dir)
+    for number in range(2):
+        with AuditLog.open(lab.run_dir, stream="rank-1", run_id=facts["id"], policy=facts["policy"]) as log:
+            for kind in ("run.started", *["note.added"] * 20):
+                log.append(kind, {"text": str(number)}, sync=False)
+    split(lab.run_dir, stream="rank-1")
+    with lab.open() as guard:
+        lab.build(guard)
+    plans = prune(lab.run_dir)
+    assert [(plan.stream, plan.records > 0) for plan in plans] == [("controller", True), ("rank-1", True)]
+    found = verify(lab.run_dir, expect_head=str(verify(lab.run_dir).head))
+    assert (found.code, len(found.findings)) == (10, 2)
+    rank = found.streams[1]
+    assert rank.proven >= rank.pruned > 0
+    assert read.at(lab.run_dir, "rank-1", rank.proven).type == "log.pruned"
+
+
+def test_two_people_with_one_plan_prune_once(lab):
+    """Whoever comes second would tell of records that were gone already."""
+    plans = pruning.plan(lab.run_dir, before=CUT, now=LATER)
+    pruning.prune(lab.run_dir, plans, by="dana", reason="r")
+    with pytest.raises(RunBusyError, match="somebody else pruned stream controller just now"):
+        pruning.prune(lab.run_dir, plans, by="eli", reason="r")
+    assert [entry.body["by"] for entry in read.entries(lab.run_dir, types=("log.pruned",))] == ["dana"]
+
+
 def test_the_guard_policy_says_what_is_too_young(lab):
     with pytest.raises(UsageError, match=r"keeps records for 365 days \(audit.retain_days\)"):
         pruning.plan(lab.run_dir, before=NOW - timedelta(days=364), now=NOW)
@@ -166,8 +195,11 @@ def test_a_required_anchor_that_fails_keeps_the_front(tmp_path):
     with pytest.raises(AuditWriteError, match="the anchor"):
         prune(lab.run_dir)
     assert read.first_seq(read.segments(lab.run_dir)[0]) == 1
+    assert "log.pruned" not in {entry.type for entry in read.entries(lab.run_dir)}
     (tmp_path / "unplugged").rename(kept.parent)
     kept.with_name("away").rename(kept)
+    prune(lab.run_dir)
+    assert verify(lab.run_dir, anchors=[kept]).code == 10
 
 
 def test_with_an_anchor_the_rest_is_proven_to_its_end(tmp_path):

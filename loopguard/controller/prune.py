@@ -85,12 +85,30 @@ def prune(run_dir: Path, plans: list[Plan], *, by: str, reason: str) -> None:
             raise _waits(run_dir)
         if (run_dir / "state.json").exists():
             state.remember(cycle=None)  # the cache may name a record that goes
+        for one in chosen:
+            _refuse_if_outdated(run_dir, one)
+        # Once before it is said: a disk or a required anchor that fails now must not leave a record that the next
+        # start would carry out.
+        _sum_up(logs)
         recorded = [(one, fronts.record(logs[one.stream], one, by=by, reason=reason)) for one in chosen]
-        for name in names:
-            logs[name].checkpoint()
-            logs[name].require()  # an anchor that the guard policy requires may have failed
+        _sum_up(logs)
         for one, entry in recorded:
             _carry_out(run_dir, one, entry)
+
+
+def _sum_up(logs: dict[str, AuditLog]) -> None:
+    """A checkpoint of each log, kept where the guard policy says. Raises AuditWriteError."""
+    for log in logs.values():
+        log.checkpoint()
+        log.require()  # an anchor that the guard policy requires may have failed
+
+
+def _refuse_if_outdated(run_dir: Path, one: Plan) -> None:
+    """Between the plan and the lock somebody else may have pruned. Raises RunBusyError."""
+    gone = read.pruned_front(run_dir, one.stream)
+    first = gone.last.seq + 1 if gone is not None else 1
+    if one.body is not None and one.body["from"] != first:
+        raise RunBusyError(f"{run_dir}: somebody else pruned stream {one.stream} just now: ask again")
 
 
 def _carry_out(run_dir: Path, one: Plan, entry: Entry) -> None:
