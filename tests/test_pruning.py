@@ -89,6 +89,23 @@ def test_a_run_goes_on_behind_its_pruned_front(lab):
     assert len(found.findings) == 1
 
 
+def test_the_guard_policy_says_how_large_a_segment_gets_and_whether_it_is_compressed(tmp_path):
+    for name, written, forms in (
+        ("a", "{segment: 1MiB}", {".gz", ".jsonl"}),
+        ("b", "{segment: 1MiB, compress: false}", {".jsonl"}),
+        ("c", "{}", {".jsonl"}),
+    ):
+        (tmp_path / name).mkdir()
+        lab = Lab(tmp_path / name)
+        lab.policy.write_text(f"{POLICY}audit: {written}\n")
+        with lab.open() as guard:
+            for _ in range(12):
+                guard._log.append("note.added", {"by": "dana", "text": "x" * 200_000}, sync=False)
+        assert {path.suffix for path in read.segments(lab.run_dir)} == forms
+        assert len(read.segments(lab.run_dir)) == (1 if name == "c" else 3)
+        assert verify(lab.run_dir).code == 20
+
+
 def test_what_a_kept_snapshot_is_vouched_for_by_stays(lab):
     """Whoever rolls back later finds the promotion in the log."""
     (plan,) = prune(lab.run_dir)
@@ -297,6 +314,12 @@ class TestCommand:
             assert "were pruned by dana" in capsys.readouterr().err
         assert _main(["audit", "verify", str(long_ago.run_dir)]) == 20
         assert "finding: records 1-" in capsys.readouterr().out
+
+    def test_an_altered_log_can_still_be_looked_at(self, long_ago, capsys):
+        (read.stream_dir(long_ago.run_dir) / "pruned.json").write_bytes(b"rubbish\n")
+        assert _main(["audit", "report", str(long_ago.run_dir)]) == 0
+        assert "pruned.json is not a record" in capsys.readouterr().err
+        assert _main(["audit", "verify", str(long_ago.run_dir)]) == 30
 
     def test_a_dry_run_writes_nothing(self, long_ago, capsys):
         before = {path: path.read_bytes() for path in long_ago.run_dir.rglob("*") if path.is_file()}

@@ -347,8 +347,14 @@ def bundle(
 def _say_pruned(run_dir: Path) -> None:
     """One line where the front of the log is gone: what is printed next does not begin at the beginning."""
     from loopguard.audit import read
+    from loopguard.errors import AuditTamperedError
 
-    if (gone := read.pruned_front(run_dir)) is not None:
+    try:
+        gone = read.pruned_front(run_dir)
+    except AuditTamperedError as error:
+        print(error, file=sys.stderr)  # an altered log can be looked at all the same, and has a report
+        return
+    if gone is not None:
         print(gone.told(), file=sys.stderr)
 
 
