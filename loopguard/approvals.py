@@ -59,6 +59,8 @@ def book(run_dir: Path, *, stream: str = read.CONTROLLER) -> Book:
         return entry.hash if entry else None
 
     found = Book(hash_at=hash_at)
+    if (gone := read.pruned_front(run_dir, stream)) is not None:
+        found.begin(gone.state.policy)
     for entry in read.entries(run_dir, stream, types=TYPES) if read.segments(run_dir, stream) else ():
         found.feed(entry)
     return found

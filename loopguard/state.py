@@ -131,12 +131,13 @@ class FreezeState:
         )
         self.hold = ""
         """Why no cycle begins for now, for the cache."""
-        self.probation = 0
+        self.probation = _count(_cache(run_dir).get("probation"))
         """How many cycles it still lasts, for the cache."""
         self._needed: int | None = None
         """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
-        self._count = sum(entry.type == "freeze.entered" for entry in turns)
+        gone = read.pruned_front(run_dir, CONTROLLER)
+        self._count = sum(entry.type == "freeze.entered" for entry in turns) + (gone.state.freezes if gone else 0)
         self._freeze, self._reason = _told(turns)
         self._halted = _halted(turns)
         if follows is not None:

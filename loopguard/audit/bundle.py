@@ -21,7 +21,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from loopguard.audit import anchors as places
 from loopguard.audit import keys as keyring
-from loopguard.audit import notes, read
+from loopguard.audit import notes, pruned, read
+from loopguard.audit import segments as files
 from loopguard.audit.events import MAX_LINE_BYTES, printable
 from loopguard.audit.export import outside, whole_file
 from loopguard.audit.report import render, without
@@ -64,7 +65,8 @@ How to read it
 ==============
 
 Open report.html: it needs no network and runs no script. Each line of run/audit/*/seg-*.jsonl is a record, in JSON,
-with the hash of the one before it. Text in records was written by strangers, perhaps by the model that was trained.
+with the hash of the one before it; files that end in .gz are the same, compressed with gzip. Text in records was
+written by strangers, perhaps by the model that was trained.
 """
 
 
@@ -178,7 +180,11 @@ def _evidence(run_dir: Path) -> Iterator[Path]:
         folder = read.stream_dir(run_dir, name)
         _refuse_links([folder / notes.FOLDER])
         yield from _files(folder / notes.FOLDER, ("*.note",))
-        yield from _files(folder, ("seg-*.jsonl", "torn-*.bin"))
+        yield from _files(folder, (pruned.FILE,))
+        segments = read.segments(run_dir, name)
+        _refuse_links(segments)
+        yield from segments
+        yield from _files(folder, ("torn-*.bin",))
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:
@@ -195,6 +201,8 @@ def _refuse_links(paths: Iterable[Path]) -> None:
 
 def _add(tar: tarfile.TarFile, name: str, path: Path, *, living: bool) -> None:
     """One file as long as it is now; of a log that is being written, up to its last whole line."""
+    if living and path.suffix == ".jsonl" and not path.exists():
+        name, path = name + files.PACKED, files.packed(path)  # it was compressed after it was listed
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if living and path.suffix == ".jsonl":

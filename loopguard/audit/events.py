@@ -35,6 +35,8 @@ LINE_START = b'{"actor":{'
 TYPES: dict[str, str] = {
     "log.opened": "a process took the log",
     "log.recovered": "a last line that a crash had cut was set aside",
+    "log.left_raw": "closed segments could not be compressed",
+    "log.pruned": "the front of the log was removed",
     "streams.committed": "where the other streams of the run stood, before a checkpoint of this one",
     "anchor.kept": "a checkpoint of the log was kept elsewhere",
     "anchor.failed": "a checkpoint of the log could not be kept elsewhere",

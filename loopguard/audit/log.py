@@ -20,14 +20,15 @@ import sys
 import threading
 import time
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import loopguard
 from loopguard.audit import anchors as places
-from loopguard.audit import keys, notes, read, verify
+from loopguard.audit import compress as packing
+from loopguard.audit import keys, notes, prune, pruned, read, verify
 from loopguard.audit.events import (
     ABOUT_ANCHORS,
     FORMAT,
@@ -41,6 +42,7 @@ from loopguard.audit.events import (
     encode,
     plain,
 )
+from loopguard.audit.segments import DamagedSegmentError, is_packed
 from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, LoopGuardError, RunBusyError
 
 if TYPE_CHECKING:
@@ -135,6 +137,7 @@ class AuditLog:
         reserve_mib: int = 4,
         verify: bool = True,
         segment_bytes: int = SEGMENT_BYTES,
+        compress: bool = False,
         checkpoint_every: int = CHECKPOINT_EVERY,
         anchors: Sequence[places.Anchor] = (),
         on_lost_anchor: Callable[[str], None] | None = None,
@@ -149,6 +152,8 @@ class AuditLog:
         A checkpoint is written every so many records, at a freeze, at the end of the run and when the log is closed,
         signed with the log key of this user where there is one, and kept at each of the `anchors`. Where a required one
         fails, `on_lost_anchor` gets the reason and has to stop the run; without it the log takes no more records.
+
+        With `compress`, closed segments are compressed in a thread beside, and `close` waits some seconds for it.
         """
         places.refuse_inside(run_dir, anchors)
         key = keys.log_key(run_dir)
@@ -167,6 +172,7 @@ class AuditLog:
                 reserve_mib=reserve_mib,
                 strict=verify,
                 segment_bytes=segment_bytes,
+                compress=compress,
                 key=key,
                 checkpoint_every=checkpoint_every,
                 anchors=anchors,
@@ -189,6 +195,7 @@ class AuditLog:
         reserve_mib: int,
         strict: bool,
         segment_bytes: int,
+        compress: bool,
         key: keys.SigningKey | None,
         checkpoint_every: int,
         anchors: Sequence[places.Anchor],
@@ -214,6 +221,7 @@ class AuditLog:
         self._anchors = tuple(anchors)
         self._on_lost_anchor = on_lost_anchor
         self._checkpoint_lock = threading.Lock()
+        self._compressor = packing.Compressor() if compress else None
         with _disk(f"read the audit log of {run_dir}"):
             found = _scan(run_dir, folder.name, log, strict=strict)
         self._head = found.head
@@ -226,6 +234,9 @@ class AuditLog:
         """The last record that is not about a checkpoint."""
         with _disk(f"write the audit log of {run_dir}"):
             _set_aside(folder, found)
+            if strict:
+                prune.finish(folder, found.front)
+            packing.clear(folder)
             _make_reserve(folder / RESERVE, reserve_mib)
             self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
         self._durable = _Durable(self._head, self._segment.size, self._tree)
@@ -239,6 +250,9 @@ class AuditLog:
             os.close(self._segment.fd)
             raise
         _open_logs.add(self)
+        if self._compressor is not None:
+            closed = [path for path in read.segments(run_dir, folder.name) if path != self._segment.path]
+            self._compressor.take([path for path in closed if not is_packed(path)])
 
     @property
     def head(self) -> Head:
@@ -343,6 +357,10 @@ class AuditLog:
         try:
             if not self.degraded:
                 self.sync()
+            if self._compressor is not None:
+                self._compressor.close()
+            if not self.degraded:
+                self._say_left_raw()
                 if self._told > self._summed:
                     self._sum_up(wait=True)
         finally:
@@ -376,6 +394,7 @@ class AuditLog:
         if self._tree is None or not self._checkpoint_lock.acquire(blocking=wait):
             return
         try:
+            self._say_left_raw()
             self._commit_to_others()
             self._sync_up_to(self._head.seq)
             tree = self._durable.tree
@@ -407,6 +426,13 @@ class AuditLog:
         if heads or unreadable:
             body = {"streams": heads} | ({"unreadable": unreadable} if unreadable else {})
             self._put(_fields("streams.committed", body, cycle=None, cause=()), sync=False)
+
+    def _say_left_raw(self) -> None:
+        """Record which closed segments could not be compressed. Nothing is lost by it, and nothing stops for it."""
+        left, reason = self._compressor.left_raw() if self._compressor is not None else ([], "")
+        if left:
+            body = {"segments": left, "reason": reason}
+            self._put(_fields("log.left_raw", body, cycle=None, cause=()), sync=False)
 
     def _keep(self, note: str, *, size: int) -> None:
         lost = []
@@ -512,6 +538,8 @@ class AuditLog:
             self._segment = fresh
             self._durable = _Durable(self._head, fresh.size, self._tree)
             os.close(old.fd)
+            if self._compressor is not None:
+                self._compressor.take([old.path])
 
     def _sync_up_to(self, seq: int) -> None:
         # Whoever gets here first syncs for all who wrote before that; the others wait, find it done, and return.
@@ -609,18 +637,23 @@ class _Found:
     torn: bytes = b""
     recovered: frozenset[str] = frozenset()
     """Files of set-aside bytes that a record names already."""
+    front: pruned.Front = field(default_factory=pruned.Front)
 
 
 def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
     chain = verify.Chain(stream, verify.twins(run_dir, stream), log=log)
     found = _Found(Head(0, GENESIS))
     recovered: set[str] = set()
+    found.front.read(read.stream_dir(run_dir, stream))
+    if found.front.pruned is not None:
+        found.epoch = found.front.pruned.epoch
+        chain.begin(found.front.pruned)
     paths = read.segments(run_dir, stream)
     summed = dict(notes.stored(read.stream_dir(run_dir, stream)))
     for path in paths:
-        found.path = path
-        for line in read.raw_lines(path):
-            if not line.complete and path == paths[-1] and (not strict or read.looks_torn(line.data)):
+        found.path = None if is_packed(path) else path  # what comes next goes to a new one then
+        for line in _lines(path, strict=strict):
+            if not line.complete and path == paths[-1] and found.path and (not strict or read.looks_torn(line.data)):
                 found.torn_at, found.torn = line.offset, line.data
                 break
             entry, finding = chain.feed(line)
@@ -632,13 +665,25 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
                 found.epoch = max(found.epoch, entry.epoch)
                 if entry.type == "log.recovered":
                     recovered.add(str(entry.body.get("file")))
+                if entry.type == pruned.RECORD:
+                    found.front.take(entry)
     found.head, found.tree = chain.head, chain.tree
     found.recovered = frozenset(recovered)
     found.summed = max((size for size in summed if size <= chain.head.seq), default=0)
+    if strict and (trouble := found.front.judge()):
+        raise AuditTamperedError(f"{trouble}. `loopguard audit verify` says more")
     if strict and summed and max(summed) > chain.head.seq:
         tail = f"the log ends at record {chain.head.seq}: the tail was cut. `loopguard audit verify` says more"
         raise AuditTamperedError(f"{summed[max(summed)]} was written when there were {max(summed)} records; {tail}")
     return found
+
+
+def _lines(path: Path, *, strict: bool) -> Iterator[read.Line]:
+    try:
+        yield from read.raw_lines(path)
+    except DamagedSegmentError:
+        if strict:
+            raise
 
 
 def _refuse_other_checkpoint(path: Path, chain: verify.Chain) -> None:
@@ -668,7 +713,10 @@ def _durable_head(run_dir: Path, stream: str) -> dict[str, dict[str, Any]]:
     # Read first, then sync: a commitment must not name a record that a power cut could take back. The last record may
     # stand in the segment before an empty one.
     for path in read.segments(run_dir, stream)[-2:]:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # compressed a moment ago, which is not done before all of it is on disk
         try:
             _flush(fd)
         finally:

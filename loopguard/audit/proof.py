@@ -43,9 +43,13 @@ class Proven:
 def prove(run_dir: Path, seq: int, *, stream: str = read.CONTROLLER) -> dict[str, Any]:
     """The proof that a record is in a log, as JSON values, against the last checkpoint beside the log.
 
-    Reads the log once. Raises UsageError where there is no log, no such record or no checkpoint for it yet, and
-    AuditTamperedError where records were altered or are not those that the checkpoint stands for.
+    Reads the log once. Raises UsageError where there is no log, no such record, one that was pruned, or no checkpoint
+    for it yet, and AuditTamperedError where records were altered or are not those that the checkpoint stands for.
     """
+    gone = read.pruned_front(run_dir, stream)
+    if gone is not None and seq <= gone.last.seq:
+        raise UsageError(f"{run_dir}: record {seq} is not there any more: {gone.told()}")
+    front = gone.tree if gone is not None else tree.EMPTY
     size, path = _last_checkpoint(run_dir, seq, stream)
     try:
         text = notes.read(path)
@@ -53,9 +57,9 @@ def prove(run_dir: Path, seq: int, *, stream: str = read.CONTROLLER) -> dict[str
     except notes.BadNoteError as error:
         raise AuditTamperedError(f"{path} {error}. `loopguard audit verify` says more") from error
     found: list[Entry] = []
-    leaves = (_leaf(entry, seq, found) for entry in islice(read.entries(run_dir, stream), size))
+    leaves = (_leaf(entry, seq, found) for entry in islice(read.entries(run_dir, stream), size - front.size))
     try:
-        root, *proof = tree.roots(leaves, [(0, size), *tree.inclusion(seq - 1, size=size)])
+        root, *proof = tree.roots(leaves, [(0, size), *tree.inclusion(seq - 1, size=size)], front=front)
     except ValueError as error:
         raise AuditTamperedError(f"{path} stands for {size} records: {error}") from error
     if checkpoint.size != size or checkpoint.root != root or not found:

@@ -11,12 +11,13 @@ import fcntl
 import json
 import mmap
 import os
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from loopguard.audit import pruned
+from loopguard.audit import segments as files
 from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, Head, decode
 from loopguard.audit.events import Entry as Entry
 from loopguard.errors import AuditError, AuditTamperedError, UsageError
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 
 CONTROLLER = "controller"
 
-_SEGMENT = re.compile(r"seg-(\d{12})\.jsonl")
+segment_name, first_seq = files.name, files.first_seq
+
 _TAIL_BLOCK_BYTES = 64 * 1024
 _WRITER_GRACE_S = 0.02
 
@@ -61,28 +63,34 @@ def streams(run_dir: Path) -> list[str]:
 
 
 def segments(run_dir: Path, stream: str = CONTROLLER) -> list[Path]:
-    """The segment files, oldest first; empty where there is no log."""
+    """The segment files, oldest first; empty where there is no log.
+
+    What was pruned is not among them, also where a crash left its files. A segment may be compressed by the time that
+    somebody opens it: read it with `raw_lines`, which takes it in either form.
+    """
     folder = stream_dir(run_dir, stream)
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _SEGMENT.fullmatch(path.name))
+    return files.found(folder, behind=pruned.through(folder))
 
 
-def segment_name(first_seq: int) -> str:
-    """The file name of a segment, from the sequence number of its first record."""
-    return f"seg-{first_seq:012d}.jsonl"
+def pruned_front(run_dir: Path, stream: str = CONTROLLER) -> pruned.Pruned | None:
+    """What stands beside the log for the records that were pruned; None where none were.
 
-
-def first_seq(path: Path) -> int:
-    """The sequence number that a segment's name promises for its first record."""
-    match = _SEGMENT.fullmatch(path.name)
-    assert match is not None
-    return int(match.group(1))
+    Whether the log agrees is for `verify` to say. Raises AuditTamperedError where it cannot be read.
+    """
+    folder = stream_dir(run_dir, stream)
+    try:
+        with _readable(folder / pruned.FILE):
+            return pruned.read(folder)
+    except pruned.BadPrunedError as error:
+        raise AuditTamperedError(f"{folder / pruned.FILE} {error}. `loopguard audit verify` says more") from error
 
 
 def raw_lines(path: Path) -> Iterator[Line]:
-    """Every line of one segment. A line beyond the size of any record ends the reading, as incomplete."""
-    with path.open("rb") as file:
+    """Every line of one segment. A line beyond the size of any record ends the reading, as incomplete.
+
+    Raises OSError, and DamagedSegmentError behind the lines before the damage.
+    """
+    with files.opened(path) as file:
         number = offset = 0
         while data := _whole_line(file):
             number += 1
@@ -161,17 +169,50 @@ def since(run_dir: Path, stream: str, head: Head, *, types: Collection[str]) -> 
     """
     behind: list[bytes] = []
     for path in reversed(segments(run_dir, stream)):
-        with _readable(path), path.open("rb") as file:
-            if os.fstat(file.fileno()).st_size == 0:
-                continue
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                start = _behind(data, head)
-                whole = data.rfind(b"\n") + 1
-                lines = data[start or 0 : whole].split(b"\n")
-        behind = [line for line in lines if line.endswith(_ends(types))] + behind
-        if start is not None:
+        with _readable(path):
+            found, lines = _packed_since(path, head, types) if files.is_packed(path) else _since(path, head, types)
+        behind = lines + behind
+        if found:
             return [_entry(line, f"{path} (behind record {head.seq})") for line in behind]
     return None
+
+
+def _since(path: Path, head: Head, types: Collection[str]) -> tuple[bool, list[bytes]]:
+    """Whether a segment has this head, and its lines of some types, behind that one where it is there."""
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return _packed_since(files.packed(path), head, types)  # it was compressed a moment ago
+    with file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return False, []
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            start = _behind(data, head)
+            whole = data.rfind(b"\n") + 1
+            lines = data[start or 0 : whole].split(b"\n")
+    return start is not None, [line for line in lines if line.endswith(_ends(types))]
+
+
+def _packed_since(path: Path, head: Head, types: Collection[str]) -> tuple[bool, list[bytes]]:
+    """The same of a compressed segment, which has to be read from its beginning."""
+    found, ends = False, _ends(types)
+    behind: list[bytes] = []
+    member, stated = f',"seq":{head.seq},"ts":'.encode("ascii"), f',"hash":"{head.hash}",'.encode("ascii")
+    with files.opened(path) as file:
+        while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
+            if member in line and stated in line and _is_head(line[:-1], head):
+                found, behind = True, []
+            elif line.endswith(ends, 0, -1):
+                behind.append(line[:-1])
+    return found, behind
+
+
+def _is_head(line: bytes, head: Head) -> bool:
+    try:
+        entry = decode(line)
+    except BadLineError:
+        return False
+    return Head(entry.seq, entry.hash) == head
 
 
 def _behind(data: mmap.mmap, head: Head) -> int | None:
@@ -260,7 +301,13 @@ def last(run_dir: Path, stream: str = CONTROLLER) -> Entry | None:
 
 
 def _last_line(path: Path) -> bytes | None:
-    with path.open("rb") as file:
+    if files.is_packed(path):
+        return _last_packed_line(path)
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:
+        return _last_packed_line(files.packed(path))  # it was compressed a moment ago
+    with file:
         position = file.seek(0, 2)
         tail = b""
         while position > 0 and len(tail) <= 2 * MAX_LINE_BYTES:
@@ -272,3 +319,10 @@ def _last_line(path: Path) -> bytes | None:
             if start >= 0 or (end > 0 and position == 0):
                 return tail[start + 1 : end]
     return None
+
+
+def _last_packed_line(path: Path) -> bytes | None:
+    last = None
+    for line in raw_lines(path):
+        last = line.data if line.complete else last
+    return last

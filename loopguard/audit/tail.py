@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from loopguard.audit import read
+from loopguard.audit import segments as files
 from loopguard.audit.events import MAX_LINE_BYTES, BadLineError, Entry, decode
 from loopguard.errors import AuditError, AuditTamperedError, UsageError
 
@@ -59,16 +60,17 @@ class Tail:
         """
         while True:
             for path in read.segments(self._dir):
-                if path >= self._path:
-                    yield from self._behind(path, self._offset if path == self._path else 0)
+                # By number, since the segment at hand may have been compressed meanwhile.
+                ahead = read.first_seq(path) - read.first_seq(self._path)
+                if ahead >= 0:
+                    yield from self._behind(path, 0 if ahead else self._offset)
             sleep(POLL_S)
 
     def _behind(self, path: Path, offset: int) -> Iterator[Entry]:
         """The records of a segment from a byte on. A line that is still being written is left for the next look."""
         self._path, self._offset = path, offset
         try:
-            with path.open("rb") as file:
-                file.seek(offset)
+            with files.opened(path, offset=offset) as file:
                 while (line := file.readline(MAX_LINE_BYTES)).endswith(b"\n"):
                     entry = _record(line[:-1], f"{path} at byte {self._offset}")
                     self._offset += len(line)

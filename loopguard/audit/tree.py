@@ -53,13 +53,17 @@ class Tree(NamedTuple):
         return node
 
 
-def roots(leaves: Iterable[bytes], ranges: Sequence[Range]) -> list[bytes]:
+EMPTY = Tree()
+
+
+def roots(leaves: Iterable[bytes], ranges: Sequence[Range], *, front: Tree = EMPTY) -> list[bytes]:
     """The roots of some ranges of leaves, each a start and an end that is left out, from one reading of the data.
 
-    Raises ValueError where the leaves end before a range does.
+    Where the first leaves are gone, `front` is the tree that they made, and `leaves` are those behind it. Raises
+    ValueError where the leaves end before a range does, or where a range takes a part of the front by itself.
     """
-    trees = [Tree() for _ in ranges]
-    for index, data in enumerate(leaves):
+    trees = [_begun(front, start, end) for start, end in ranges]
+    for index, data in enumerate(leaves, front.size):
         for number, (start, end) in enumerate(ranges):
             if start <= index < end:
                 trees[number] = trees[number].grown(data)
@@ -67,6 +71,24 @@ def roots(leaves: Iterable[bytes], ranges: Sequence[Range]) -> list[bytes]:
         if tree.size != end - start:
             raise ValueError(f"there are {start + tree.size} leaves; a proof over {start}-{end - 1} needs {end}")
     return [tree.root() for tree in trees]
+
+
+def _begun(front: Tree, start: int, end: int) -> Tree:
+    """What the front holds of a range: full subtrees at its edge, each of them within the range."""
+    most, at, size, kept = min(front.size, end), 0, 0, []
+    for node, width in zip(front.edge, _widths(front.size), strict=True):
+        if start <= at and at + width <= most:
+            kept.append(node)
+            size += width
+        at += width
+    if size != max(most - start, 0):
+        raise ValueError(f"leaves {start}-{end - 1} lie in a front of {front.size} leaves that is gone")
+    return Tree(size, tuple(kept))
+
+
+def _widths(size: int) -> list[int]:
+    """The sizes of the full subtrees that a tree of this size consists of, largest first."""
+    return [1 << height for height in reversed(range(size.bit_length())) if size >> height & 1]
 
 
 def inclusion(index: int, *, size: int) -> list[Range]:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import anchors as places
 from loopguard.audit import keys as keyring
-from loopguard.audit import notes, read
+from loopguard.audit import notes, pruned, read
 from loopguard.audit.events import (
     ABOUT_ANCHORS,
     GENESIS,
@@ -36,6 +36,7 @@ from loopguard.audit.events import (
     is_digest,
     printable,
 )
+from loopguard.audit.segments import DamagedSegmentError, is_packed
 from loopguard.audit.tree import Tree
 from loopguard.consent.book import Book
 from loopguard.errors import UsageError
@@ -109,6 +110,8 @@ class StreamFound:
     """Up to here something kept elsewhere, or the controller's stream, says what the records must be."""
     signed: int
     """Up to here the records are signed by a key that is trusted."""
+    pruned: int
+    """Up to here the records are gone, and the log says who removed them and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,7 +253,7 @@ def _log_of(run_dir: Path, stream: str) -> str:
         if isinstance(run, str):
             return f"{run}/{stream}"
         for path in read.segments(run_dir, stream):
-            with contextlib.suppress(BadLineError):
+            with contextlib.suppress(BadLineError, DamagedSegmentError):
                 for line in read.raw_lines(path):
                     return decode(line.data).log
     return f"/{stream}"
@@ -275,6 +278,11 @@ class Chain:
         self._prev: str | None = GENESIS
         self._epoch = 0
         self._looks = 0
+
+    def begin(self, gone: pruned.Pruned) -> None:
+        """Begin behind records that were pruned."""
+        self.head, self.tree, self._epoch = gone.last, gone.tree, gone.epoch
+        self._seq, self._prev = gone.last.seq, gone.last.hash
 
     def feed(self, line: read.Line) -> tuple[Entry | None, Finding | None]:
         """The record in a line (None where it holds none), and what is wrong with it or its place."""
@@ -340,14 +348,15 @@ def twins(run_dir: Path, stream: str) -> Callable[[int], set[str]]:
     def look(seq: int) -> set[str]:
         member = f',"seq":{seq},"ts":'.encode("ascii")
         found = set()
-        for line in read.lines(run_dir, stream):
-            if member in line.data:
-                try:
-                    entry = decode(line.data)
-                except BadLineError:
-                    continue
-                if entry.seq == seq:
-                    found.add(entry.hash)
+        with contextlib.suppress(DamagedSegmentError):  # said where it is read in its turn
+            for line in read.lines(run_dir, stream):
+                if member in line.data:
+                    try:
+                        entry = decode(line.data)
+                    except BadLineError:
+                        continue
+                    if entry.seq == seq:
+                        found.add(entry.hash)
         return found
 
     return look
@@ -365,6 +374,11 @@ class Grammar:
     lease: tuple[int, int] | None = None
     promotion: str | None = None
     """The digest of the weights that a promotion decision allows."""
+
+    def begin(self, state: pruned.State) -> None:
+        """Begin behind records that were pruned, with what they left under way."""
+        self.calls, self.orphans = set(state.calls), set(state.orphans)
+        self.lease, self.promotion = state.lease, state.promotion
 
     def feed(self, entry: Entry) -> Iterator[str]:
         """What this record did that no record allowed."""
@@ -571,7 +585,9 @@ class _Audit:
         self._apart: list[_Mark] = []
         """Signed marks that this log contradicts."""
         self._beside: dict[int, Path] = {}
+        self.front = pruned.Front()
         self._steps = self._read()
+        self._begun = False
 
     def walk(self) -> Iterator[tuple[Entry, read.Line]]:
         """Every record, each judged before it is handed out, with its line."""
@@ -580,10 +596,11 @@ class _Audit:
     def committed(self, head: Head, origin: str) -> None:
         """Read on up to where another stream says that this one stood, and compare."""
         with self.reading():
+            self._begin()
             while self.chain.head.seq < head.seq and next(self._steps, None) is not None:
                 pass
         at = self.chain.head
-        if self.worst == UNREADABLE or self.broken == TRUNCATED:
+        if self.worst == UNREADABLE or self.broken == TRUNCATED or head.seq < self.front.gone:
             return
         if at.seq < head.seq:
             end = f"it ends at {at.seq}: the tail was cut"
@@ -609,11 +626,20 @@ class _Audit:
         for mark in self.marks:
             if mark.root and not mark.proves:
                 self.note(f"{mark.origin} is not signed by a key that is trusted: it proves nothing")
+        self._judge_front()
         if self.segments:
             self._judge_end()
         if self.broken == REPLACED and any((mark.seq or 0) <= self.signed_to for mark in self._apart):
             self.broken = FORK
             self.find(FORK, f"{self._folder}: trusted keys signed two different histories of it")
+
+    def _judge_front(self) -> None:
+        if trouble := self.front.judge():
+            self.find(TAMPER, trouble)
+        elif self.front.pruned is not None:
+            self.find(WARN, self.front.pruned.told())
+        if (unfinished := self.front.unfinished) is not None:
+            self.note(f"{unfinished.told()}; the files are still there, and the next start removes them")
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
@@ -624,8 +650,7 @@ class _Audit:
             self.find(UNREADABLE, f"{error.filename or self._folder}: {error.strerror}")
 
     def _read(self) -> Iterator[tuple[Entry, read.Line]]:
-        # Before the records: a checkpoint that a living writer adds meanwhile must not seem to know of too many.
-        self._expect_beside()
+        self._begin()
         paths = read.segments(self.run_dir, self.stream)
         if not paths:
             self.find(MISSING, f"{self._folder}: there is no log here (no seg-*.jsonl)")
@@ -633,7 +658,38 @@ class _Audit:
             for path in paths:
                 yield from self._segment(path, is_last=path == paths[-1])
             # Another stream may tell of a segment that was begun since.
-            paths = [path for path in read.segments(self.run_dir, self.stream) if path > paths[-1]]
+            last = read.first_seq(paths[-1])
+            paths = [path for path in read.segments(self.run_dir, self.stream) if read.first_seq(path) > last]
+
+    def _begin(self) -> None:
+        """What is known before the first record: what lies in the run directory, and where the log begins."""
+        if self._begun:
+            return
+        self._begun = True
+        # Before the records: a checkpoint that a living writer adds meanwhile must not seem to know of too many.
+        self._expect_beside()
+        self.front.read(self._folder)
+        gone = self.front.pruned
+        if gone is None:
+            return
+        self.chain.begin(gone)
+        self.grammar.begin(gone.state)
+        self.book.begin(gone.state.policy)
+        self._key = gone.state.key
+        self._forget(gone.last)
+
+    def _forget(self, last: Head) -> None:
+        """What others remember of records that are gone. Of the last one of them, hash and root are known."""
+        place = str(self._folder / pruned.FILE)
+        self._remembered(last, place)
+        marks = [mark for seq in [seq for seq in self.by_seq if seq < last.seq] for mark in self.by_seq.pop(seq)]
+        for mark in marks:
+            self.note(f"{mark.origin} is of record {mark.seq}, which was pruned: it cannot be compared any more")
+        beside = [size for size in self._beside if size < last.seq]
+        for size in beside:
+            del self._beside[size]
+        if beside:
+            self.note(f"{len(beside)} checkpoints beside the log are of pruned records: they cannot be compared")
 
     @property
     def _folder(self) -> Path:
@@ -692,13 +748,15 @@ class _Audit:
             head=self.chain.head,
             proven=self.anchored_at,
             signed=self.signed_to,
+            pruned=self.front.gone,
         )
 
     def _segment(self, path: Path, *, is_last: bool) -> Iterator[tuple[Entry, read.Line]]:
         self.segments += 1
         first = True
-        for line in read.raw_lines(path):
-            if not line.complete and is_last and read.looks_torn(line.data):
+        for line in self._lines(path):
+            # A compressed segment was closed: its last line was whole.
+            if not line.complete and is_last and read.looks_torn(line.data) and not is_packed(line.path):
                 self.find(
                     WARN, f"{line.place}: the last line is cut ({len(line.data)} bytes); the next start sets it aside"
                 )
@@ -712,6 +770,12 @@ class _Audit:
                 yield entry, line
         if first and not is_last:
             self.find(TAMPER, f"{path}: the segment is empty")
+
+    def _lines(self, path: Path) -> Iterator[read.Line]:
+        try:
+            yield from read.raw_lines(path)
+        except DamagedSegmentError as error:
+            self.find(TAMPER, error.text)
 
     def _line(self, line: read.Line, *, names_segment: bool) -> Entry | None:
         entry, finding = self.chain.feed(line)
@@ -732,6 +796,8 @@ class _Audit:
             self.tail = entry.seq
         if entry.type == "log.opened":
             self._opened(entry)
+        if entry.type == pruned.RECORD and (trouble := self.front.take(entry)):
+            self.find(PROTOCOL, f"{place}: record {entry.seq}: {trouble}")
         self._remembered(entry, place)
         self._clock(entry, place)
         self._policy(entry, place)
@@ -790,7 +856,7 @@ class _Audit:
         if self._key and self._key not in self.named and len(self.named) < _MOST_FINDINGS:
             self.named.append(printable(self._key))
 
-    def _remembered(self, entry: Entry, place: str) -> None:
+    def _remembered(self, entry: Entry | Head, place: str) -> None:
         for mark in self.by_seq.pop(entry.seq, ()):
             self._compare(mark, entry, place)
         if self.by_hash.pop(entry.hash, None) is not None:
@@ -798,7 +864,7 @@ class _Audit:
         if (path := self._beside.pop(entry.seq, None)) is not None and self.chain.tree is not None:
             self._compare_beside(path, entry, place)
 
-    def _compare(self, mark: _Mark, entry: Entry, place: str) -> None:
+    def _compare(self, mark: _Mark, entry: Entry | Head, place: str) -> None:
         if mark.root and self.chain.tree is None:
             return  # behind a break, which says enough
         if mark.hash == entry.hash or (mark.root and self.chain.tree and self.chain.tree.root() == mark.root):
@@ -823,7 +889,7 @@ class _Audit:
                 f"{mark.origin} is signed by {mark.signer}, which was not the key of the log then: it proves nothing"
             )
 
-    def _compare_beside(self, path: Path, entry: Entry, place: str) -> None:
+    def _compare_beside(self, path: Path, entry: Entry | Head, place: str) -> None:
         """A checkpoint that lies beside the log: no proof without a key, but one that contradicts the log is a sign."""
         try:
             note = notes.Note.parse(notes.read(path))
@@ -863,6 +929,9 @@ class _Audit:
             if mark.seq is not None and mark.seq > self.chain.head.seq:
                 self.find(TRUNCATED, f"{mark.origin} is record {mark.seq}; {end}")
         for mark in self.by_hash.values():
+            if self.front.gone:
+                self.note(f"no record that is left has the hash of {mark.origin}: it may be of one that was pruned")
+                continue
             self.find(TRUNCATED, f"no record has the hash of {mark.origin}: the tail was cut, or the log replaced")
         for size, path in self._beside.items():
             if size > self.chain.head.seq:

@@ -16,7 +16,21 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from loopguard.audit.events import printable
-from loopguard.cli import approve, audit, doctor, freeze, init, monitor, notify, policy, replay, run, sandbox, serve
+from loopguard.cli import (
+    approve,
+    audit,
+    doctor,
+    freeze,
+    init,
+    monitor,
+    notify,
+    policy,
+    prune,
+    replay,
+    run,
+    sandbox,
+    serve,
+)
 from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
 
 if TYPE_CHECKING:
@@ -43,6 +57,7 @@ app.command("approve")(approve.approve)
 app.command("rollback")(replay.rollback)
 app.command("reproduce")(replay.reproduce)
 app.add_typer(policy.app, name="policy")
+audit.app.command("prune")(prune.prune)
 app.add_typer(audit.app, name="audit")
 app.add_typer(monitor.app, name="monitor")
 app.add_typer(notify.app, name="notify")

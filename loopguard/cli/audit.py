@@ -1,4 +1,4 @@
-"""`audit`: read, explain, verify and prove the record of a run. Nothing here writes to a log."""
+"""`audit`: read, explain, verify and prove the record of a run. Nothing here writes to a log; `prune` does."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def show(run_dir: RunDir, as_json: AsJson = False, type_: OfType = None, cycle: 
 
     Exit codes: 0 printed, 2 no log there or no such type, 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit import read
 
     types = _types(type_)
@@ -91,6 +92,7 @@ def freezes(run_dir: RunDir, as_json: AsJson = False) -> None:
 
     Exit codes: 0 listed, also where there is none; 2 no log there; 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit import query
 
     found = query.freezes(run_dir)
@@ -111,6 +113,7 @@ def approvals(run_dir: RunDir, as_json: AsJson = False) -> None:
 
     Exit codes: 0 listed, also where there is none; 2 no log there; 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit import read
     from loopguard.audit.events import canonical, fields_of
 
@@ -136,6 +139,7 @@ def cycle(
 
     Exit codes: 0 printed, 2 no log there or no such cycle, 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit import query
     from loopguard.errors import UsageError
 
@@ -166,6 +170,7 @@ def why(
 
     Exit codes: 0 explained, 2 no log there or no such freeze, 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit import query
 
     print(json.dumps(query.why_facts(run_dir, freeze), sort_keys=True) if as_json else query.why(run_dir, freeze))
@@ -179,6 +184,7 @@ def stats(run_dir: RunDir, as_json: AsJson = False) -> None:
 
     Exit codes: 0 counted, 2 no log there, 6 a record was altered.
     """
+    _say_pruned(run_dir)
     from loopguard.audit.stats import stats as count
 
     counted = count(run_dir)
@@ -288,6 +294,7 @@ def export(
 
     Exit codes: 0 written, 2 no log there, no such format or no such place, 6 a record was altered: no file was written.
     """
+    _say_pruned(run_dir)
     from loopguard.audit.export import export as write
 
     count = write(run_dir, to=to, out=out)
@@ -305,6 +312,7 @@ def report(run_dir: RunDir, expect_head: ExpectHead = None, key: Keys = None, an
 
     Exit codes: 0 written, 2 no log there, or a key or an anchor that is none.
     """
+    _say_pruned(run_dir)
     from loopguard.audit.report import write_report
 
     print(write_report(run_dir, keys=key or (), anchors=anchors or (), expect_head=expect_head))
@@ -326,6 +334,7 @@ def bundle(
 
     Exit codes: 0 packed, also where the log does not verify: the check is printed; 2 no log there, or no such place.
     """
+    _say_pruned(run_dir)
     from loopguard.audit.bundle import bundle as pack
 
     packed = pack(run_dir, out=out, keys=key or (), anchors=anchors or (), expect_head=expect_head)
@@ -333,6 +342,20 @@ def bundle(
     if packed.living:
         print(f"{run_dir} is being written: the bundle holds it up to now", file=sys.stderr)
     print(f"{out}: {len(packed.names):,} files; {found.status} ({found.code}): {found.summary}")
+
+
+def _say_pruned(run_dir: Path) -> None:
+    """One line where the front of the log is gone: what is printed next does not begin at the beginning."""
+    from loopguard.audit import read
+    from loopguard.errors import AuditTamperedError
+
+    try:
+        gone = read.pruned_front(run_dir)
+    except AuditTamperedError as error:
+        print(error, file=sys.stderr)  # an altered log can be looked at all the same, and has a report
+        return
+    if gone is not None:
+        print(gone.told(), file=sys.stderr)
 
 
 def _types(wanted: str | None) -> list[str] | None:
@@ -539,6 +562,7 @@ def _verification_facts(result: Verification) -> dict[str, Any]:
                 "head": {"seq": one.head.seq, "hash": one.head.hash},
                 "proven": one.proven,
                 "signed": one.signed,
+                "pruned": one.pruned,
             }
             for one in result.streams
         ],

@@ -120,6 +120,17 @@ class Book:
         self._adopted: tuple[str, str, bool] | None = None
         """From which policy to which, and whether people agreed; until that one is loaded."""
 
+    def begin(self, policy: Mapping[str, Any] | None) -> None:
+        """Begin behind records that are gone, and left nothing under way: the body of the last `policy.loaded`."""
+        if policy is not None:
+            self._load(policy)
+
+    def quiet(self, *, at: str) -> bool:
+        """Whether nothing is under way by now that a later record could rest on, but the rule itself."""
+        change = self.change is not None and at <= self.change.before
+        waits = (self.freeze, self.pending, self._start_before, self._overdue, self._adopted)
+        return not change and all(one is None for one in waits)
+
     def feed(self, entry: Entry) -> None:
         """Take a record in."""
         if entry.type in _TAKEN:

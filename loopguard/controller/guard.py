@@ -173,6 +173,8 @@ class LoopGuard:
                 policy=loaded.digest,
                 reserve_mib=loaded.policy.audit.reserve_mib,
                 mirror=mirrored(notifier, mirror),
+                segment_bytes=loaded.policy.audit.segment_mib * 1024 * 1024,
+                compress=loaded.policy.audit.compress,
                 checkpoint_every=loaded.policy.audit.checkpoint_every,
                 anchors=directories.anchors(loaded.policy) if here.leads else (),
                 on_lost_anchor=partial(anchor_lost, directory),

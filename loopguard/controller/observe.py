@@ -121,7 +121,7 @@ class Observer:
             directories.lay_out(folder, policy, run_id=run_id, seed=seed, command=command, mode="observe")
         digest = run_facts(folder)["policy"]
         earlier = Watch.of(read.entries(folder, types=TYPES)) if read.segments(folder) else Watch()
-        log = AuditLog.open(folder, run_id=run_id, policy=digest, mirror=mirror)
+        log = AuditLog.open(folder, run_id=run_id, policy=digest, mirror=mirror, compress=True)
         diary = Diary(log, quiet=quiet)
         diary.write("policy.loaded", {"name": "suggested", "digest": digest})
         body = {"command": list(command), "seed": seed, "versions": directories.versions(), "mode": "observe"}

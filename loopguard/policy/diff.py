@@ -128,6 +128,11 @@ _ORDER: dict[str, Order | Steps] = {
     "audit.checkpoint_every": "smaller",
     # Places as words, and one more word for each that has to work: more places that are out of reach are tighter.
     "audit.anchors": "more",
+    # In which files the records lie, and in which form, changes nothing about what they say.
+    "audit.segment_mib": "neutral",
+    "audit.compress": "neutral",
+    # Evidence that stays longer is tighter.
+    "audit.retain_days": "larger",
     # Fewer places are fewer people who hear of a freeze, more are more places that something is sent to, and a program
     # runs on the host: a person has to weigh each of these, so any change counts as loosened.
     "notify.webhooks": "any",

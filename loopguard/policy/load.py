@@ -88,11 +88,12 @@ def _sorted(findings: Iterable[Finding]) -> list[Finding]:
     return sorted(findings, key=lambda finding: (finding.line or 0, finding.column or 0))
 
 
-# Keys that this format learned later, with what LoopGuard did before it knew them. `canonical` leaves a key out where
-# it says just that, so that a file without new keys keeps the digest it had, and with it its run directory. No two
-# policies that differ come out the same: a key is left out for one value alone. That value is written here rather than
-# looked up as the default, so that a default which changes one day does change the digest. Hence no line here is ever
-# changed or taken away, and each new key gets one.
+# Keys that this format learned later, with what LoopGuard did before it knew them; or, where no decision of the loop
+# rests on a key, with what it does for files that do not say. `canonical` leaves a key out where it says just that, so
+# that a file without new keys keeps the digest it had, and with it its run directory. No two policies that differ come
+# out the same: a key is left out for one value alone. That value is written here rather than looked up as the default,
+# so that a default which changes one day does change the digest. Hence no line here is ever changed or taken away, and
+# each new key gets one.
 _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*"): {"privileges": "multi", "queue": 1000, "background": False, "egress": None},
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
@@ -100,7 +101,7 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("tools", "rules", "*"): {"on_freeze": None},
     ("freeze",): {"signal": "USR2", "waive_at_most": 5, "probation": None, "halt_above": None, "second_latch": None},
     (): {"resume": None, "notify": None, "hold": {"at_most_s": 86400.0, "free_mib": None}},
-    ("audit",): {"checkpoint_every": 1000, "anchors": []},
+    ("audit",): {"checkpoint_every": 1000, "anchors": [], "segment_mib": 64, "compress": True, "retain_days": 365},
 }
 
 

@@ -725,6 +725,9 @@ class Audit(Section):
     reserve_mib: Annotated[int, size("MiB", "1MiB", "1GiB")] = Field(default=4, alias="reserve")
     checkpoint_every: Count = 1000
     anchors: Annotated[tuple[AnchorPlace, ...], Field(max_length=16)] = ()
+    segment_mib: Annotated[int, size("MiB", "1MiB", "256MiB")] = Field(default=64, alias="segment")
+    compress: bool = True
+    retain_days: Annotated[int, Field(ge=1, le=36_500)] = 365
 
     def problems(self) -> Iterator[Problem]:
         """A place is named once."""

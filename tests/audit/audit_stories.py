@@ -18,6 +18,16 @@ POLICY = hashlib.sha256(b"a guard policy").hexdigest()
 HOSTILE = "print('</script><b onmouseover=alert(1)>&amp;')\x1b[31m\u202e\u2066 # evil\x00"
 
 
+BEGIN = datetime(2030, 1, 1, 9, tzinfo=UTC)
+
+
+def clock_at(moment: datetime) -> FrozenClock:
+    """A clock of the same start of the machine, so much later."""
+    clock = FrozenClock(BEGIN)
+    clock.advance(seconds=(moment - BEGIN).total_seconds())
+    return clock
+
+
 def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -50,8 +60,16 @@ def forget_checkpoints(run_dir: Path, stream: str = "controller") -> None:
 class Loop:
     """A self-training loop as its log tells it."""
 
-    def __init__(self, run_dir: Path, *, seed: int = 0, updates: int = 80, calls: int = 60) -> None:
-        self.clock = FrozenClock(datetime(2030, 1, 1, 9, tzinfo=UTC))
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        seed: int = 0,
+        updates: int = 80,
+        calls: int = 60,
+        clock: FrozenClock | None = None,
+    ) -> None:
+        self.clock = clock or FrozenClock(BEGIN)
         self.log = open_log(run_dir, clock=self.clock)
         self.rng = random.Random(seed)
         self.update = 0

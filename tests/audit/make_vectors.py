@@ -15,8 +15,10 @@ import base64
 import hashlib
 import json
 import shutil
+import struct
 import sys
 import textwrap
+import zlib
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -1169,6 +1171,317 @@ def usage_anchor_beside_the_log(home):
     log.store()
     log.write()
     return {"anchors": ["run/audit/controller/checkpoints"]}
+
+
+# -- compressed segments, and a front that is gone ---------------------------------------------------------------------
+
+
+def zipped(data):
+    """One gzip member whose bytes no version of zlib decides about: nothing in it is compressed."""
+    parts = [data[at : at + 60_000] for at in range(0, len(data), 60_000)]
+    blocks = b"".join(struct.pack("<BHH", part is parts[-1], len(part), len(part) ^ 0xFFFF) + part for part in parts)
+    return b"\x1f\x8b\x08" + b"\0" * 6 + b"\x03" + blocks + struct.pack("<II", zlib.crc32(data), len(data))
+
+
+def in_two_segments(home, change=lambda data: data, *, last=False):
+    """Five records compressed, three raw; or with `last` all of them compressed."""
+    log = plain(home, notes=7)
+    path = log.write(log.lines[:5])
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(change(zipped(b"".join(log.lines[:5]))))
+    path = log.write(log.lines[5:], first=6)
+    if last:
+        path.unlink()
+        path.with_name(f"{path.name}.gz").write_bytes(zipped(b"".join(log.lines[5:])))
+    return {"head": log.head}
+
+
+@vector(0, "a closed segment is compressed")
+def ok_compressed(home):
+    return in_two_segments(home)
+
+
+@vector(0, "all segments are compressed")
+def ok_all_compressed(home):
+    return in_two_segments(home, last=True)
+
+
+@vector(0, "a segment is there in both forms: the raw one counts, whatever the other holds")
+def ok_in_both_forms(home):
+    log = plain(home)
+    path = log.write()
+    path.with_name(f"{path.name}.gz").write_bytes(b"half of one")
+    return {"head": log.head}
+
+
+@vector(30, "a compressed segment ends in the middle")
+def tamper_gzip_cut(home):
+    return in_two_segments(home, lambda data: data[: len(data) // 2])
+
+
+@vector(30, "a compressed segment has another checksum than its bytes")
+def tamper_gzip_sum(home):
+    return in_two_segments(home, lambda data: data[:-8] + bytes(4) + data[-4:])
+
+
+@vector(30, "something stands behind a compressed segment")
+def tamper_gzip_behind(home):
+    return in_two_segments(home, lambda data: data + b"\0")
+
+
+@vector(30, "a compressed segment has a second, empty member")
+def tamper_gzip_members(home):
+    return in_two_segments(home, lambda data: data + zipped(b"x")[:10] + b"\x03\0" + bytes(8))
+
+
+@vector(30, "what is called compressed is raw")
+def tamper_gzip_raw(home):
+    return in_two_segments(home, lambda data: b"{}\n")
+
+
+@vector(30, "the last line of a compressed segment is cut: it was closed, so that no crash did that")
+def tamper_gzip_cut_line(home):
+    log = plain(home)
+    path = log.write()
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(zipped(b"".join(log.lines)[:-40]))
+    return {}
+
+
+def state(**changes):
+    nothing = {"calls": [], "orphans": [], "lease": None, "promotion": None, "policy": None, "key": "", "freezes": 0}
+    return nothing | changes
+
+
+def pruning(log, through, **changes):
+    """The body of a record that removes everything up to another one."""
+    tree, gone = Tree(), log.lines[:through]
+    for line in gone:
+        tree = tree.grown(bytes.fromhex(json.loads(line)["hash"]))
+    last, raw = json.loads(gone[-1]), b"".join(gone)
+    body = {"from": 1, "through": through, "hash": last["hash"], "epoch": last["epoch"]}
+    body |= {"edge": [node.hex() for node in tree.edge], "digest": hashlib.sha256(raw).hexdigest(), "bytes": len(raw)}
+    body |= {"segments": ["seg-000000000001.jsonl"], "torn": [], "since": stamp(1), "until": last["ts"]}
+    return body | {"before": stamp(99), "state": state(), "by": "dana", "reason": "retention"} | changes
+
+
+def pruned(home, log, through, *, record=None, beside=None, **changes):
+    """Remove a front, and say so: in the chain, and beside it unless `beside` says otherwise."""
+    log.add("log.pruned", pruning(log, through, **changes) if record is None else record)
+    (log.folder / "pruned.json").write_bytes(log.lines[-1] if beside is None else beside)
+    log.notes(2, "later")
+    log.write(log.lines[through:], first=through + 1)
+    return {"head": log.head}
+
+
+@vector(10, "the front was pruned: the record and its copy agree, and the head was noted down")
+def warn_pruned(home):
+    return pruned(home, plain(home, notes=9), 5)
+
+
+@vector(20, "the front was pruned, and nothing proves the tail")
+def unanchored_pruned(home):
+    pruned(home, plain(home, notes=9), 5)
+    return {}
+
+
+@vector(20, "a head from below the cut cannot be compared")
+def unanchored_pruned_below(home):
+    log = plain(home, notes=3)
+    head = log.head
+    log.notes(6)
+    pruned(home, log, 5)
+    return {"head": head}
+
+
+@vector(20, "a hash that no record has may have been that of one that was pruned")
+def unanchored_pruned_hash(home):
+    log = plain(home, notes=3)
+    head = log.hash
+    log.notes(6)
+    pruned(home, log, 5)
+    return {"head": head}
+
+
+@vector(32, "at the cut another hash was noted down")
+def replaced_at_the_cut(home):
+    pruned(home, plain(home, notes=9), 5)
+    return {"head": f"5:{digest('another')}"}
+
+
+@vector(10, "signed to the end and kept, by the key that an opening named which was pruned; roots go on from the edge")
+def warn_pruned_signed(home):
+    log = plain(home, notes=9, key=KEY)
+    log.store()
+    log.add("log.pruned", pruning(log, 5, state=state(key=VKEY)))
+    (log.folder / "pruned.json").write_bytes(log.lines[-1])
+    log.store()
+    log.keep()
+    log.write(log.lines[5:], first=6)
+    return {"keys": [VKEY], "anchors": ["anchors.jsonl"]}
+
+
+@vector(10, "what was under way at the cut goes on: a call ends, a lease is used, a promotion is applied")
+def warn_pruned_under_way(home):
+    log = plain(home, notes=4)
+    weights = digest("weights")
+    under_way = state(calls=["c1"], lease={"from": 1, "to": 9}, promotion=weights, freezes=3)
+    log.add("tool.finished", {"call": "c1", "status": "ok"})
+    log.add("update.leased", {"from": 10, "to": 12})
+    log.add("update.applied", {"from": 8, "to": 11, "readings": {}})
+    log.add("promotion.applied", {"actor": weights})
+    return pruned(home, log, 5, state=under_way)
+
+
+@vector(40, "what was not under way at the cut is judged as ever")
+def protocol_pruned(home):
+    log = plain(home, notes=4)
+    log.add("tool.finished", {"call": "c1", "status": "ok"})
+    return pruned(home, log, 5, state=state(calls=["c2"]))
+
+
+@vector(41, "the rule that was in force at the cut asks for approvals that a resume behind it lacks")
+def approval_pruned(home):
+    log = plain(home, notes=4)
+    people = {"dana": ["ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAABAgMEBQYHCAkKCwwNDg8QERITFBUWFxgZGhscHR4f dana"]}
+    rule = {"approvals": 1, "people": people, "requester_may_approve": False, "within_s": 60, "execute_within_s": 60}
+    log.add("freeze.entered", {"freeze": "f1", "reason": "r"})
+    log.add("resume.applied", {"freeze": "f1", "by": "eve", "reason": "r", "approval": "none"})
+    return pruned(home, log, 5, state=state(policy={"name": "a", "digest": POLICY, "resume": rule}))
+
+
+@vector(10, "a front was pruned again: the last record stands for all that is gone")
+def warn_pruned_twice(home):
+    log = plain(home, notes=9)
+    log.add("log.pruned", pruning(log, 3))
+    log.notes(2)
+    return pruned(home, log, 7, **{"from": 4})
+
+
+@vector(0, "a pruning was recorded, and a crash came before it was carried out: all is still there")
+def ok_pruning_not_carried_out(home):
+    log = plain(home, notes=9)
+    log.add("log.pruned", pruning(log, 5))
+    log.write(log.lines[:5])
+    log.write(log.lines[5:], first=6)
+    return {"head": log.head}
+
+
+@vector(10, "a crash left files of what was pruned: they are not looked at")
+def warn_pruned_with_its_files(home):
+    log = plain(home, notes=9)
+    log.write([b"what is left of it\n"])
+    return pruned(home, log, 5)
+
+
+@vector(30, "the front is gone, and nothing says why")
+def tamper_front_gone(home):
+    log = plain(home, notes=9)
+    log.write(log.lines[5:], first=6)
+    return {"head": log.head}
+
+
+@vector(30, "the front is gone; a record says why, and its copy is not there")
+def tamper_pruned_without_its_copy(home):
+    found = pruned(home, plain(home, notes=9), 5)
+    (home / "run/audit/controller/pruned.json").unlink()
+    return found
+
+
+@vector(30, "somebody wrote pruned.json, and no record says so")
+def tamper_pruned_without_its_record(home):
+    log = plain(home, notes=9)
+    forged = Log(home)
+    forged.seq, forged.hash = log.seq, log.hash
+    forged.add("log.pruned", pruning(log, 5))
+    (log.folder / "pruned.json").write_bytes(forged.lines[-1])
+    log.write(log.lines[5:], first=6)
+    return {"head": log.head}
+
+
+@vector(30, "pruned.json is another record than the one in the log")
+def tamper_pruned_copy_differs(home):
+    log = plain(home, notes=9)
+    found = pruned(home, log, 5)
+    fields = json.loads((log.folder / "pruned.json").read_bytes())
+    del fields["hash"]
+    fields["body"]["by"] = "eve"
+    (log.folder / "pruned.json").write_bytes(encode(fields)[0])
+    return found
+
+
+@vector(30, "pruned.json is no record")
+def tamper_pruned_copy_unreadable(home):
+    return pruned(home, plain(home, notes=9), 5, beside=b"{}\n")
+
+
+@vector(30, "pruned.json lacks its newline")
+def tamper_pruned_copy_cut(home):
+    log = plain(home, notes=9)
+    found = pruned(home, log, 5)
+    (log.folder / "pruned.json").write_bytes((log.folder / "pruned.json").read_bytes()[:-1])
+    return found
+
+
+@vector(30, "a record behind the cut is gone as well")
+def tamper_pruned_and_more(home):
+    log = plain(home, notes=9)
+    pruned(home, log, 5)
+    (log.folder / "seg-000000000006.jsonl").unlink()
+    log.write(log.lines[6:], first=7)
+    return {"head": log.head}
+
+
+@vector(32, "the edge at the cut is not that of the log: the first checkpoint behind it has another root")
+def replaced_edge(home):
+    log = plain(home, notes=9)
+    log.store()
+    return pruned(home, log, 5, edge=[digest("a"), digest("b")])
+
+
+@vector(31, "the tail of a pruned log was cut")
+def truncated_pruned(home):
+    log = plain(home, notes=9)
+    found = pruned(home, log, 5)
+    log.write(log.lines[5:-1], first=6)
+    return found
+
+
+@vector(20, "a thief pruned a log that was kept elsewhere: what he appended is not covered")
+def unanchored_pruned_by_a_thief(home):
+    log = plain(home, notes=9, key=KEY)
+    log.store()
+    log.keep()
+    pruned(home, log, 5, state=state(key=VKEY), by="eve")
+    return {"keys": [VKEY], "anchors": ["anchors.jsonl"]}
+
+
+@vector(40, "a record about pruned records that does not say which")
+def protocol_pruned_nothing(home):
+    log = plain(home)
+    log.add("log.pruned", {"by": "dana"})
+    log.write()
+    return {"head": log.head}
+
+
+@vector(10, "another stream was pruned: what the controller says of its records below the cut is not compared")
+def warn_another_stream_pruned(home):
+    rank, log = plain(home, stream="rank-1", notes=9), plain(home)
+    heads = {"rank-1": {"seq": 3, "hash": json.loads(rank.lines[2])["hash"]}}
+    log.add("streams.committed", {"streams": heads})
+    pruned(home, rank, 5)
+    log.commit(rank)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(32, "another stream was pruned, and its last record that is gone is not the one that the controller names")
+def replaced_at_the_cut_of_another_stream(home):
+    rank, log = plain(home, stream="rank-1", notes=9), plain(home)
+    log.add("streams.committed", {"streams": {"rank-1": {"seq": 5, "hash": digest("another")}}})
+    pruned(home, rank, 5)
+    log.write()
+    return {"head": log.head}
 
 
 def make(folder):

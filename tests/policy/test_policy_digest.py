@@ -93,6 +93,9 @@ WRITTEN = {
     LIMITS + "files_depth": 8,
     "audit__checkpoint_every": 1000,
     "audit__anchors": [],
+    "audit__segment": "64MiB",
+    "audit__compress": True,
+    "audit__retain_days": 365,
 }
 OTHER = [
     {CELL + "privileges": "strict"},
@@ -114,6 +117,9 @@ OTHER = [
     {"audit__anchors": [{"kind": "print", "required": True}]},
     {"audit__anchors": [{"kind": "file", "path": "/a"}]},
     {"audit__anchors": [{"kind": "git", "repository": "/a"}]},
+    {"audit__segment": "1MiB"},
+    {"audit__compress": False},
+    {"audit__retain_days": 30},
     {"resume": RESUME},
     {"resume": RESUME | {"approvals": 2}},
     {"resume": RESUME | {"within": "12h"}},
