@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import sys
 import threading
 import time
@@ -232,6 +233,8 @@ class AuditLog:
             _make_reserve(folder / RESERVE, reserve_mib)
             self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
         self._durable = _Durable(self._head, self._segment.size)
+        self._chance = random.Random()
+        """Of this log alone: nobody's seed decides what it gives, and it changes nobody's random numbers."""
         self._second = (0, "1970-01-01T00:00:00")
         """The second of the last record, as a number and as text."""
         try:
@@ -497,7 +500,7 @@ class AuditLog:
             "ts": f"{self._second[1]}.{micros:06d}Z",
             "mono_ns": self._clock.monotonic_ns(),
             "boot": self._boot,
-            "id": _uuid7(second * 1000 + micros // 1000, micros % 1000),
+            "id": _uuid7(second * 1000 + micros // 1000, micros % 1000, self._chance.getrandbits(62)),
             "policy": self.policy,
             "redacted": [],
             "prev": self._head.hash,
@@ -895,8 +898,7 @@ def _boot() -> str:
         return f"started-{int((time.time() - time.monotonic()) // 60)}"
 
 
-def _uuid7(millis: int, micros: int) -> str:
+def _uuid7(millis: int, micros: int, chance: int) -> str:
     """A UUID of version 7: milliseconds, then a fraction of one, then chance. Sorts by time."""
-    time_hex = f"{millis & (2**48 - 1):012x}"
-    chance = f"{0b10 << 62 | int.from_bytes(os.urandom(8), 'big') >> 2:016x}"
-    return f"{time_hex[:8]}-{time_hex[8:]}-7{micros * 4096 // 1000:03x}-{chance[:4]}-{chance[4:]}"
+    time_hex, rest = f"{millis & (2**48 - 1):012x}", f"{0b10 << 62 | chance:016x}"
+    return f"{time_hex[:8]}-{time_hex[8:]}-7{micros * 4096 // 1000:03x}-{rest[:4]}-{rest[4:]}"
