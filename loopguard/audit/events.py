@@ -188,14 +188,17 @@ def decode(line: bytes) -> Entry:
     start, end = at + len(_HASH_MEMBER), at + len(_HASH_MEMBER) + 64
     if at < 0 or line[end : end + 2] != b'",':
         raise BadLineError("is not a record (no hash where one belongs)")
-    stated = line[start:end]
-    if hashlib.sha256(_HASH_PREFIX + line[:at] + line[end + 1 :]).hexdigest().encode("ascii") != stated:
+    digest = hashlib.sha256(_HASH_PREFIX + line[:at] + line[end + 1 :]).hexdigest()
+    if line[start:end] != digest.encode("ascii"):
         raise BadLineError("was altered (its hash does not match its content)")
     try:
         value = _parsed(line.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadLineError(f"is not JSON ({error})") from error
-    return _entry(value)
+    entry = _entry(value)
+    if entry.hash != digest:
+        raise BadLineError("has another hash behind its own")  # to whoever parses it, the last one counts
+    return entry
 
 
 _DECODER = json.JSONDecoder()

@@ -15,7 +15,7 @@ import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from loopguard.audit.events import FORMAT, LINE_START, MAX_LINE_BYTES, BadLineError, Head, decode
 from loopguard.audit.events import Entry as Entry
@@ -31,8 +31,7 @@ _TAIL_BLOCK_BYTES = 64 * 1024
 _WRITER_GRACE_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One line of a segment, without its newline. Only the last line of a segment can be incomplete."""
 
     data: bytes

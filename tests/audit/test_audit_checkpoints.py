@@ -71,6 +71,19 @@ class TestWhen:
             assert sizes(run_dir) == [10, 20]
         assert sizes(run_dir) == [10, 20, 25]
 
+    def test_of_a_long_log_each_stands_for_its_records(self, run_dir):
+        """Writer and verifier hash leaves many at a time, and not at the same records."""
+        with open_log(run_dir, checkpoint_every=700) as log:
+            for number in range(1500):
+                log.append("note.added", sync=number % 400 == 0)
+            log.checkpoint()
+            for _ in range(900):
+                log.append("note.added", sync=False)
+        assert sizes(run_dir) == [700, 1400, 1501, 2201, 2401]
+        for size in sizes(run_dir):
+            assert note(run_dir, size).checkpoint.root == root(run_dir, size)
+        assert verify(run_dir).findings == []
+
     @pytest.mark.parametrize("kind", ["freeze.entered", "run.finished"])
     def test_at_once_where_a_run_stops(self, run_dir, kind):
         with open_log(run_dir) as log:
