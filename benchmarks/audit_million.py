@@ -3,8 +3,17 @@
     python benchmarks/audit_million.py [--records 1000000] [--group 100] [--dir DIR]
 
 Written in groups that share one sync, against SQLite (WAL, synchronous=FULL, a transaction for each group) and against
-structlog, which writes JSON lines to a file and syncs nothing. Verified against reading the same lines with json and
-hashing them with SHA-256. All on one disk, one after the other; prints one JSON object. Takes a few minutes and 2 GB.
+structlog, which writes JSON lines to a file and syncs nothing. All get the same dictionaries and make JSON of them.
+
+    log                the audit log: every record in the file when `append` returns, in a chain, with checkpoints
+    sqlite             what a record says, in columns; what never changes stands in another table once; no chain
+    sqlite_chained     the same, with the SHA-256 of each row and of the row before
+    sqlite_body_alone  time, cycle, type and body: the table that somebody would write who has no audit in mind
+    structlog          a line with time, level and run; no chain, and gone after a power cut
+
+A transaction of SQLite that is not committed is lost with its process; a record of the log that waits for its sync is
+not. Verified against reading the same lines with json and hashing them with SHA-256. All on one disk, by turns; prints
+one JSON object. Takes a few minutes and 3 GB.
 """
 
 from __future__ import annotations
@@ -21,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -88,19 +98,25 @@ class Log:
 
 
 class Sqlite:
-    """A table with the same records, in a transaction for each group."""
+    """What fits a question about calls into a table: time, cycle, type, body. A transaction for each group."""
+
+    columns: tuple[str, ...] = ("ts", "cycle", "type", "body")
+    encode = json.JSONEncoder(sort_keys=True, separators=(",", ":")).encode
 
     def __init__(self, path: Path) -> None:
         self.base = sqlite3.connect(path, isolation_level=None)
         self.base.execute("PRAGMA journal_mode=WAL")
         self.base.execute("PRAGMA synchronous=FULL")
-        self.base.execute("CREATE TABLE log (seq INTEGER PRIMARY KEY, ts REAL, cycle INTEGER, type TEXT, body TEXT)")
+        self.base.execute(f"CREATE TABLE log (seq INTEGER PRIMARY KEY, {', '.join(self.columns)})")
+        self.insert = f"INSERT INTO log ({', '.join(self.columns)}) VALUES ({', '.join('?' * len(self.columns))})"
+
+    def row(self, kind: str, body: dict[str, Any]) -> tuple[Any, ...]:
+        return time.time_ns(), 1, kind, self.encode(body)
 
     def write(self, part: Iterable[tuple[str, dict[str, Any]]], group: int) -> None:
         self.base.execute("BEGIN")
         for number, (kind, body) in enumerate(part, 1):
-            row = (time.time(), 1, kind, json.dumps(body, sort_keys=True))
-            self.base.execute("INSERT INTO log (ts, cycle, type, body) VALUES (?, ?, ?, ?)", row)
+            self.base.execute(self.insert, self.row(kind, body))
             if number % group == 0:
                 self.base.execute("COMMIT")
                 self.base.execute("BEGIN")
@@ -108,6 +124,33 @@ class Sqlite:
 
     def close(self) -> None:
         self.base.close()
+
+
+class SqliteSame(Sqlite):
+    """What a record of the log says, in columns, and what is the same in all of them once, in another table."""
+
+    columns = (*Sqlite.columns, "id", "mono_ns", "epoch", "cause", "redacted", "run")
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.base.execute("CREATE TABLE run (run INTEGER PRIMARY KEY, log, policy, boot, actor)")
+        same = ("bench/controller", POLICY, str(uuid.uuid4()), self.encode({"kind": "loop", "id": "loopguard/0.1.0"}))
+        self.base.execute("INSERT INTO run (log, policy, boot, actor) VALUES (?, ?, ?, ?)", same)
+
+    def row(self, kind: str, body: dict[str, Any]) -> tuple[Any, ...]:
+        return *super().row(kind, body), os.urandom(16), time.monotonic_ns(), 0, "[]", "[]", 1
+
+
+class SqliteChained(SqliteSame):
+    """The same, and a hash over each row and the hash before it."""
+
+    columns = (*SqliteSame.columns, "prev", "hash")
+    prev = "0" * 64
+
+    def row(self, kind: str, body: dict[str, Any]) -> tuple[Any, ...]:
+        row = (*super().row(kind, body), self.prev)
+        self.prev = hashlib.sha256(repr(row).encode()).hexdigest()
+        return *row, self.prev
 
 
 class Structlog:
@@ -152,7 +195,7 @@ def by_group(folder: Path, count: int) -> dict[str, float]:
         home = folder / f"group-{group}"
         home.mkdir()
         took_s = written(
-            {"log": Log(home / "run"), "sqlite": Sqlite(home / "log.db")}, min(count, SYNCS * group), group
+            {"log": Log(home / "run"), "sqlite": SqliteSame(home / "log.db")}, min(count, SYNCS * group), group
         )
         found[str(group)] = round(took_s["log"] / took_s["sqlite"], 2)
     return found
@@ -212,10 +255,14 @@ def status(run_dir: Path) -> list[float]:
 def measure(folder: Path, count: int, group: int) -> dict[str, Any]:
     writers: dict[str, Log | Sqlite | Structlog] = {
         "log": Log(folder / "run"),
-        "sqlite": Sqlite(folder / "log.db"),
+        "sqlite": SqliteSame(folder / "log.db"),
+        "sqlite_chained": SqliteChained(folder / "chained.db"),
+        "sqlite_body_alone": Sqlite(folder / "body.db"),
         "structlog": Structlog(folder / "log.jsonl"),
     }
+    load = [round(os.getloadavg()[0], 1)]
     took = written(writers, count, group)
+    load.append(round(os.getloadavg()[0], 1))
     small_dir = folder / "small"
     written({"small": Log(small_dir)}, count // 10, group)
     parsed_s = parse_and_hash(folder / "run")
@@ -231,13 +278,13 @@ def measure(folder: Path, count: int, group: int) -> dict[str, Any]:
         "status_s": took_s[len(took_s) // 2],
     }
     growth = 100 * (peak_mib / small_mib - 1)
+    others = ("sqlite_chained", "sqlite_body_alone")
     return {
         "records": count,
         "records_per_sync": group,
         "seconds": {
             "append": round(took["log"], 2),
-            "sqlite": round(took["sqlite"], 2),
-            "structlog": round(took["structlog"], 2),
+            **{name: round(took[name], 2) for name in writers if name != "log"},
             "verify": round(verified_s, 2),
             "verify_standalone": round(alone_s, 2),
             "json_and_sha256": round(parsed_s, 2),
@@ -245,7 +292,9 @@ def measure(folder: Path, count: int, group: int) -> dict[str, Any]:
         },
         "bytes": {
             "log": sum(path.stat().st_size for path in read.segments(folder / "run")),
-            "sqlite": sum(path.stat().st_size for path in folder.glob("log.db*")),
+            "sqlite": (folder / "log.db").stat().st_size,
+            "sqlite_chained": (folder / "chained.db").stat().st_size,
+            "sqlite_body_alone": (folder / "body.db").stat().st_size,
             "structlog": (folder / "log.jsonl").stat().st_size,
         },
         "verify_peak_mib": {
@@ -255,11 +304,17 @@ def measure(folder: Path, count: int, group: int) -> dict[str, Any]:
             "standalone_all": round(alone_mib, 1),
         },
         "append_to_sqlite_by_records_per_sync": by_group(folder, count),
+        "append_to_others": {name: round(took["log"] / took[name], 3) for name in others},
         "ratios": {name: round(value, 3) for name, value in ratios.items()},
         "targets": TARGETS | {"memory_growth_percent": MEMORY_GROWTH_PERCENT},
         "missed": [name for name, value in ratios.items() if value > TARGETS[name]]
         + (["memory_growth_percent"] if growth > MEMORY_GROWTH_PERCENT else []),
-        "machine": {"cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "load": load,
+            "system": platform.platform(),
+            "python": platform.python_version(),
+        },
     }
 
 

@@ -899,6 +899,7 @@ def _boot() -> str:
 
 
 def _uuid7(millis: int, micros: int, chance: int) -> str:
-    """A UUID of version 7: milliseconds, then a fraction of one, then chance. Sorts by time."""
-    time_hex, rest = f"{millis & (2**48 - 1):012x}", f"{0b10 << 62 | chance:016x}"
-    return f"{time_hex[:8]}-{time_hex[8:]}-7{micros * 4096 // 1000:03x}-{rest[:4]}-{rest[4:]}"
+    """A UUID of version 7: milliseconds, then a fraction of one, then chance (62 bits). Sorts by time."""
+    fraction, variant = micros * 4096 // 1000, 0b10 << 14 | chance >> 48
+    time_hex = f"{millis >> 16 & 0xFFFFFFFF:08x}-{millis & 0xFFFF:04x}"
+    return f"{time_hex}-7{fraction:03x}-{variant:04x}-{chance & 0xFFFFFFFFFFFF:012x}"
