@@ -57,6 +57,8 @@ RESERVE = "reserve.bin"
 CHECKPOINT_EVERY = 1000
 """Records between two checkpoints, where nothing else asks for one."""
 
+_MOST_LEAVES = 1000
+"""Hashes that are kept for the tree, where no checkpoint needs it before."""
 _LOCK_TRIES = 10
 _LOCK_PAUSE_S = 0.03
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -387,7 +389,7 @@ class AuditLog:
             self._commit_to_others()
             self._sync_up_to(self._head.seq)
             with self._write_lock:
-                tree = self._settled_tree()
+                tree = self._grown(self._tree)
             summed = notes.Checkpoint(self.log, tree.size, tree.root())
             note = summed.note(self._key)
             try:
@@ -463,8 +465,8 @@ class AuditLog:
         assert self._pending is not None
         self._head, self._segment.size = self._pending
         if self._tree is not None:
-            tree, behind = self._tree
-            behind[self._head.seq - 1 - tree.size :] = (self._head.hash,)
+            tree, leaves = self._tree
+            leaves[self._head.seq - 1 - tree.size :] = (self._head.hash,)
         self._pending = None
 
     def _settle(self) -> None:
@@ -477,13 +479,12 @@ class AuditLog:
         os.ftruncate(self._segment.fd, self._segment.size)
         self._pending = None
 
-    def _settled_tree(self) -> Tree:
-        """The tree over all records that are on disk, which are never taken back."""
-        assert self._tree is not None
-        tree, behind = self._tree
+    def _grown(self, behind: tuple[Tree, list[str]]) -> Tree:
+        """Bring the tree up to the last record that is on disk, which is never taken back; gives the tree."""
+        tree, leaves = behind
         ready = self._durable.head.seq - tree.size
-        tree = tree.grown(*map(bytes.fromhex, behind[:ready]))
-        self._tree = tree, behind[ready:]
+        tree = tree.grown(*map(bytes.fromhex, leaves[:ready]))
+        self._tree = tree, leaves[ready:]
         return tree
 
     def _line(self, fields: Mapping[str, Any]) -> tuple[bytes, Entry]:
@@ -533,6 +534,8 @@ class AuditLog:
             self._segment = fresh
             self._durable = _Durable(self._head, fresh.size)
             os.close(old.fd)
+            if self._tree is not None:
+                self._grown(self._tree)
 
     def _sync_up_to(self, seq: int) -> None:
         # Whoever gets here first syncs for all who wrote before that; the others wait, find it done, and return.
@@ -547,6 +550,9 @@ class AuditLog:
             except OSError as error:
                 raise self._failed("sync", error) from error
             self._durable = target
+            if self._tree is not None and len(self._tree[1]) >= _MOST_LEAVES:
+                with self._write_lock:
+                    self._grown(self._tree)
 
     # -- the last record; both locks are held ----------------------------------------------------------------------
 
@@ -587,8 +593,8 @@ class AuditLog:
             _cut(path, size)
         self._head, self._pending = self._durable.head, None
         if self._tree is not None:
-            tree, behind = self._tree
-            del behind[self._head.seq - tree.size :]
+            tree, leaves = self._tree
+            del leaves[self._head.seq - tree.size :]
 
     def _drop(self, why: str) -> None:
         self._trouble = why
