@@ -773,7 +773,7 @@ class TestVerify:
         statement = frozen.ask()
         book = Book()
         for entry in read.entries(frozen.path):
-            forged = dataclasses.replace(entry, ts=ts)
+            forged = entry._replace(ts=ts)
             list(book.troubles(forged, owner=True))
             book.feed(forged)
         assert book.fault(now=statement.not_before, policy="a" * 64, target=None) is not None

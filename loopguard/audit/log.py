@@ -16,12 +16,14 @@ import hashlib
 import json
 import os
 import platform
+import random
 import sys
 import threading
 import time
 import weakref
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,6 +35,7 @@ from loopguard.audit.events import (
     ABOUT_ANCHORS,
     FORMAT,
     GENESIS,
+    LOOP,
     MAX_BODY_KIB,
     MAX_LINE_BYTES,
     Entry,
@@ -56,13 +59,16 @@ RESERVE = "reserve.bin"
 CHECKPOINT_EVERY = 1000
 """Records between two checkpoints, where nothing else asks for one."""
 
+_MOST_LEAVES = 1000
+"""Hashes that are kept for the tree, where no checkpoint needs it before."""
 _LOCK_TRIES = 10
 _LOCK_PAUSE_S = 0.03
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_in_order = itemgetter(*Entry._fields)
 _AT_ONCE = frozenset({"freeze.entered", "run.finished"})
 """Records that are summed up in a checkpoint right away."""
 _SUMMING = ABOUT_ANCHORS | {"streams.committed"}
 """Records that belong to a checkpoint, and that alone are no reason for another one."""
-_LOOP_ACTOR = {"kind": "loop", "id": f"loopguard/{loopguard.__version__}"}
 
 
 class Clock(Protocol):
@@ -107,7 +113,6 @@ class _Durable:
 
     head: Head
     size: int
-    tree: Tree | None
 
 
 class AuditLog:
@@ -215,7 +220,7 @@ class AuditLog:
         self._sync_lock = threading.Lock()
         self._trouble: str | None = None
         self._last_used = False
-        self._pending: tuple[Head, int, Tree | None] | None = None
+        self._pending: tuple[Head, int] | None = None
         self._key = key
         self._every = checkpoint_every
         self._anchors = tuple(anchors)
@@ -225,8 +230,9 @@ class AuditLog:
         with _disk(f"read the audit log of {run_dir}"):
             found = _scan(run_dir, folder.name, log, strict=strict)
         self._head = found.head
-        self._tree = found.tree
-        """None behind a break in the chain: no checkpoint could stand for what is there."""
+        self._tree: tuple[Tree, list[str]] | None = (found.tree, []) if found.tree is not None else None
+        """Over the first records, and the hashes of those behind it, since many at once cost less. None behind a break
+        in the chain: no checkpoint could stand for what is there."""
         self._epoch = found.epoch
         self._summed = found.summed
         """How many records the last checkpoint stands for."""
@@ -239,7 +245,11 @@ class AuditLog:
             packing.clear(folder)
             _make_reserve(folder / RESERVE, reserve_mib)
             self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
-        self._durable = _Durable(self._head, self._segment.size, self._tree)
+        self._durable = _Durable(self._head, self._segment.size)
+        self._chance = random.Random()
+        """Of this log alone: nobody's seed decides what it gives, and it changes nobody's random numbers."""
+        self._second = (0, "1970-01-01T00:00:00")
+        """The second of the last record, as a number and as text."""
         try:
             for name, data in _unrecorded(folder, found.recovered):
                 body = {"torn_bytes": len(data), "digest": hashlib.sha256(data).hexdigest(), "file": name}
@@ -397,9 +407,8 @@ class AuditLog:
             self._say_left_raw()
             self._commit_to_others()
             self._sync_up_to(self._head.seq)
-            tree = self._durable.tree
-            if tree is None:
-                return
+            with self._write_lock:
+                tree = self._grown(self._tree)
             summed = notes.Checkpoint(self.log, tree.size, tree.root())
             note = summed.note(self._key)
             try:
@@ -463,10 +472,11 @@ class AuditLog:
     # -- writing; the write lock is held ---------------------------------------------------------------------------
 
     def _write(self, fields: Mapping[str, Any]) -> Entry:
-        self._settle()
+        if self._pending is not None:
+            self._settle()
         line, entry = self._line(fields)
         # Noted before the write: a Ctrl-C between it and the lines below must not make two records of one number.
-        self._pending = (Head(entry.seq, entry.hash), self._segment.size + len(line), self._grown(entry))
+        self._pending = (Head(entry.seq, entry.hash), self._segment.size + len(line))
         try:
             _write_all(self._segment.fd, line)
         except OSError as error:
@@ -476,18 +486,18 @@ class AuditLog:
             self._told = entry.seq
         return entry
 
-    def _grown(self, entry: Entry) -> Tree | None:
-        return None if self._tree is None else self._tree.grown(bytes.fromhex(entry.hash))
-
     def _take_pending(self) -> None:
+        # Anything in here may happen twice, if a Ctrl-C comes in between.
         assert self._pending is not None
-        self._head, self._segment.size, self._tree = self._pending
+        self._head, self._segment.size = self._pending
+        if self._tree is not None:
+            tree, leaves = self._tree
+            leaves[self._head.seq - 1 - tree.size :] = (self._head.hash,)
         self._pending = None
 
     def _settle(self) -> None:
         """Find out what became of a write that an exception interrupted."""
-        if self._pending is None:
-            return
+        assert self._pending is not None
         size = os.fstat(self._segment.fd).st_size
         if size == self._pending[1]:
             self._take_pending()
@@ -495,17 +505,29 @@ class AuditLog:
         os.ftruncate(self._segment.fd, self._segment.size)
         self._pending = None
 
+    def _grown(self, behind: tuple[Tree, list[str]]) -> Tree:
+        """Bring the tree up to the last record that is on disk, which is never taken back; gives the tree."""
+        tree, leaves = behind
+        ready = self._durable.head.seq - tree.size
+        tree = tree.grown(*map(bytes.fromhex, leaves[:ready]))
+        self._tree = tree, leaves[ready:]
+        return tree
+
     def _line(self, fields: Mapping[str, Any]) -> tuple[bytes, Entry]:
         now = self._clock.now()
+        since = now - _EPOCH
+        second, micros = since.days * 86400 + since.seconds, since.microseconds
+        if second != self._second[0]:
+            self._second = (second, now.astimezone(UTC).isoformat()[:19])
         envelope = {
             "v": FORMAT,
             "log": self.log,
             "seq": self._head.seq + 1,
             "epoch": self._epoch,
-            "ts": now.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z"),
+            "ts": f"{self._second[1]}.{micros:06d}Z",
             "mono_ns": self._clock.monotonic_ns(),
             "boot": self._boot,
-            "id": _uuid7(now),
+            "id": _uuid7(second * 1000 + micros // 1000, micros % 1000, self._chance.getrandbits(62)),
             "policy": self.policy,
             "redacted": [],
             "prev": self._head.hash,
@@ -536,10 +558,12 @@ class AuditLog:
                 raise self._failed("rotate", error) from error
             # In this order, so that a fork at any moment finds descriptors that are ours.
             self._segment = fresh
-            self._durable = _Durable(self._head, fresh.size, self._tree)
+            self._durable = _Durable(self._head, fresh.size)
             os.close(old.fd)
             if self._compressor is not None:
                 self._compressor.take([old.path])
+            if self._tree is not None:
+                self._grown(self._tree)
 
     def _sync_up_to(self, seq: int) -> None:
         # Whoever gets here first syncs for all who wrote before that; the others wait, find it done, and return.
@@ -548,12 +572,15 @@ class AuditLog:
                 return
             self._refuse_if_unusable()
             with self._write_lock:
-                target = _Durable(self._head, self._segment.size, self._tree)
+                target = _Durable(self._head, self._segment.size)
             try:
                 _flush(self._segment.fd)
             except OSError as error:
                 raise self._failed("sync", error) from error
             self._durable = target
+            if self._tree is not None and len(self._tree[1]) >= _MOST_LEAVES:
+                with self._write_lock:
+                    self._grown(self._tree)
 
     # -- the last record; both locks are held ----------------------------------------------------------------------
 
@@ -567,8 +594,9 @@ class AuditLog:
         self._segment = fresh
         _write_all(fresh.fd, line)
         _flush(fresh.fd)
-        self._head, self._tree = Head(entry.seq, entry.hash), self._grown(entry)
-        self._durable = _Durable(self._head, len(line), self._tree)
+        self._pending = (Head(entry.seq, entry.hash), len(line))
+        self._take_pending()
+        self._durable = _Durable(self._head, len(line))
         return entry
 
     def _cut_back(self) -> None:
@@ -591,7 +619,10 @@ class AuditLog:
         else:
             # A descriptor of its own: the one that failed is not asked again.
             _cut(path, size)
-        self._head, self._tree, self._pending = self._durable.head, self._durable.tree, None
+        self._head, self._pending = self._durable.head, None
+        if self._tree is not None:
+            tree, leaves = self._tree
+            del leaves[self._head.seq - tree.size :]
 
     def _drop(self, why: str) -> None:
         self._trouble = why
@@ -818,9 +849,9 @@ def _open_segment(path: Path) -> _Segment:
 
 
 def _write_all(fd: int, data: bytes) -> None:
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
+    written = os.write(fd, data)
+    while written < len(data):
+        written += os.write(fd, memoryview(data)[written:])
 
 
 if sys.platform == "darwin":
@@ -884,10 +915,10 @@ def _fields(
     check_type(name)
     return {
         "type": name,
-        "body": plain(dict(body or {})),
+        "body": plain(body if type(body) is dict else dict(body or {})),
         "cycle": cycle,
         "cause": plain(list(cause), place="cause") if cause else [],
-        "actor": plain(dict(actor), place="actor") if actor else _LOOP_ACTOR,
+        "actor": plain(dict(actor), place="actor") if actor else LOOP,
     }
 
 
@@ -902,11 +933,10 @@ def _refuse_if_too_large(line: bytes, fields: Mapping[str, Any]) -> None:
         )
 
 
-def _entry(envelope: Mapping[str, Any], digest: str) -> Entry:
-    fields = dict(envelope)
-    del fields["v"]
-    fields["cause"], fields["redacted"] = tuple(fields["cause"]), tuple(fields["redacted"])
-    return Entry(**fields, hash=digest)
+def _entry(envelope: dict[str, Any], digest: str) -> Entry:
+    envelope["hash"] = digest
+    *fields, cause, redacted = _in_order(envelope)
+    return Entry._make((*fields, tuple(cause), tuple(redacted)))
 
 
 def _versions() -> dict[str, str]:
@@ -922,11 +952,8 @@ def _boot() -> str:
         return f"started-{int((time.time() - time.monotonic()) // 60)}"
 
 
-def _uuid7(now: datetime) -> str:
-    """A UUID of version 7: milliseconds, then a fraction of one, then chance. Sorts by time."""
-    micros = int(now.timestamp() * 1_000_000)
-    millis, rest = divmod(micros, 1000)
-    value = (millis & (2**48 - 1)) << 80 | 0x7 << 76 | (rest * 4096 // 1000) << 64
-    value |= 0b10 << 62 | int.from_bytes(os.urandom(8), "big") >> 2
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+def _uuid7(millis: int, micros: int, chance: int) -> str:
+    """A UUID of version 7: milliseconds, then a fraction of one, then chance (62 bits). Sorts by time."""
+    fraction, variant = micros * 4096 // 1000, 0b10 << 14 | chance >> 48
+    time_hex = f"{millis >> 16 & 0xFFFFFFFF:08x}-{millis & 0xFFFF:04x}"
+    return f"{time_hex}-7{fraction:03x}-{variant:04x}-{chance & 0xFFFFFFFFFFFF:012x}"

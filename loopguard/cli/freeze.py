@@ -47,13 +47,18 @@ def status(
 
     Exit codes: 0 not frozen, 2 not a run directory, 4 frozen, 6 the audit log cannot be read.
     """
+    raise typer.Exit(tell_status(run_dir, as_json=as_json))
+
+
+def tell_status(run_dir: Path, *, as_json: bool) -> int:
+    """Print where a run stands; gives the exit code."""
     from loopguard.audit.events import printable
     from loopguard.state import run_facts, standing
 
     stands = standing(run_dir, glance=True)
     if as_json:
         print(json.dumps(dataclasses.asdict(stands), sort_keys=True))
-        raise typer.Exit(4 if stands.frozen else 0)
+        return 4 if stands.frozen else 0
     lines = [f"run       {stands.run}", f"state     {_state(stands)}", f"owner     {_owner(stands)}"]
     if run_facts(run_dir).get("mode") == "observe":
         lines.append("mode      observed: nothing is withheld")
@@ -63,7 +68,7 @@ def status(
     if stands.probation:
         lines.append(f"probation {stands.probation} more to be promoted under tightened thresholds")
     print("\n".join(map(printable, [*lines, *(_frozen_lines(run_dir, stands) if stands.frozen else ())])))
-    raise typer.Exit(4 if stands.frozen else 0)
+    return 4 if stands.frozen else 0
 
 
 def _frozen_lines(run_dir: Path, stands: Standing) -> list[str]:

@@ -47,7 +47,7 @@ def plan(run_dir: Path, *, before: datetime, now: datetime) -> list[Plan]:
     names = [CONTROLLER, *(name for name in read.streams(run_dir) if name != CONTROLLER)]
     limit = stamp(before)
     try:
-        return [fronts.plan(run_dir, name, before=limit, stays=lambda entry: _stays(run_dir, entry)) for name in names]
+        return [fronts.plan(run_dir, name, before=limit, stays=_Stays(run_dir, name)) for name in names]
     except OSError as error:
         raise DiskError(f"{error.filename or run_dir} cannot be read: {error.strerror or error}") from error
 
@@ -159,20 +159,30 @@ def _waits(run_dir: Path) -> UsageError:
     return UsageError(f"{run_dir}/requests holds what nobody has taken in yet: start the run once, then prune")
 
 
-def _stays(run_dir: Path, entry: Entry) -> str:
-    """Why a record has to stay: what it vouches for is still there, and somebody may want to go back to it."""
-    body = entry.body
-    match entry.type:
-        case "snapshot.written" if body.get("promoted"):
-            name = str(body.get("snapshot"))
-            if name.isalnum() and (run_dir / "snapshots" / name).is_dir():
-                return f"snapshot {name[:12]} of cycle {entry.cycle} is still there"
-        case "checkpoint.saved":
-            if Path(str(body.get("checkpoint"))).exists():
-                return f"the checkpoint {body.get('checkpoint')} is still there"
-        case _:
-            pass  # vouches for nothing that a run goes back to
-    return ""
+class _Stays:
+    """Says of a record of one stream why it has to stay; the empty string where it may go."""
+
+    def __init__(self, run_dir: Path, stream: str) -> None:
+        self._dir = run_dir
+        promotions = read.entries(run_dir, stream, types=("promotion.applied",))
+        self._promoted = max((entry.seq for entry in promotions), default=0)
+
+    def __call__(self, entry: Entry) -> str:
+        """What it vouches for is still there, and somebody may want to go back to it."""
+        body = entry.body
+        match entry.type:
+            case "snapshot.written" if body.get("promoted"):
+                name = str(body.get("snapshot"))
+                if name.isalnum() and (self._dir / "snapshots" / name).is_dir():
+                    return f"snapshot {name[:12]} of cycle {entry.cycle} is still there"
+            case "checkpoint.saved":
+                if Path(str(body.get("checkpoint"))).exists():
+                    return f"the checkpoint {body.get('checkpoint')} is still there"
+            case "resume.applied" if entry.seq > self._promoted and body.get("disposition") in ("accept", "discard"):
+                return f"the run goes on from what was decided about {body.get('freeze')}"
+            case _:
+                pass  # vouches for nothing that a run goes back to
+        return ""
 
 
 def day(text: str) -> datetime:

@@ -71,6 +71,29 @@ class TestWhen:
             assert sizes(run_dir) == [10, 20]
         assert sizes(run_dir) == [10, 20, 25]
 
+    def test_of_a_long_log_each_stands_for_its_records(self, run_dir):
+        """Writer and verifier hash leaves many at a time, and not at the same records."""
+        with open_log(run_dir, checkpoint_every=700) as log:
+            for number in range(1500):
+                log.append("note.added", sync=number % 400 == 0)
+            log.checkpoint()
+            for _ in range(900):
+                log.append("note.added", sync=False)
+        assert sizes(run_dir) == [700, 1400, 1501, 2201, 2401]
+        for size in sizes(run_dir):
+            assert note(run_dir, size).checkpoint.root == root(run_dir, size)
+        assert verify(run_dir).findings == []
+
+    @pytest.mark.parametrize("group", [1, 1100])
+    @pytest.mark.parametrize("segment_bytes", [50_000, 10_000_000])
+    def test_one_that_comes_late_stands_for_all_records(self, run_dir, group, segment_bytes):
+        """Meanwhile their hashes went into the tree at syncs and at the ends of segments."""
+        with open_log(run_dir, checkpoint_every=1_000_000, segment_bytes=segment_bytes) as log:
+            for number in range(2500):
+                log.append("note.added", sync=number % group == 0)
+        assert sizes(run_dir) == [2501]
+        assert note(run_dir, 2501).checkpoint.root == root(run_dir, 2501)
+
     @pytest.mark.parametrize("kind", ["freeze.entered", "run.finished"])
     def test_at_once_where_a_run_stops(self, run_dir, kind):
         with open_log(run_dir) as log:

@@ -103,6 +103,11 @@ class TestEveryShape:
         """So that a writer's memory does not grow with its log."""
         assert all(len(grown(MANY[:size]).edge) == size.bit_count() for size in range(MOST + 1))
 
+    @pytest.mark.parametrize("size", [0, 1, 6, 7, 8])
+    def test_many_leaves_at_once_make_the_same_tree(self, size):
+        assert grown(MANY[:size]).grown(*MANY[size:]) == grown(MANY)
+        assert grown(MANY[:size]).grown() == grown(MANY[:size])
+
     def test_growing_leaves_the_tree_as_it_was(self):
         """A write that is interrupted goes back to the tree before it."""
         one = grown(MANY[:7])

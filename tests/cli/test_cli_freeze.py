@@ -10,6 +10,7 @@ import pytest
 
 from loopguard.audit import read
 from loopguard.audit.log import AuditLog
+from loopguard.cli.__main__ import main
 from loopguard.cli.app import _main
 from loopguard.state import FreezeState
 
@@ -89,6 +90,51 @@ def test_a_log_that_was_edited_cannot_be_resumed(run_dir, capsys):
     segment.write_bytes(segment.read_bytes().replace(b"looks wrong", b"looks right"))
     assert loopguard("resume", run_dir, "--by", "eli", "--reason", "x") == 6
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["status", "DIR"], ["status", "--json", "DIR"], ["status", "DIR", "--json"]])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_plain_status_is_what_the_whole_command_line_says(run_dir, capfd, monkeypatch, words, frozen):
+    """`__main__` answers it without the command line, which takes longer to load than the answer."""
+    if frozen:
+        loopguard("freeze", run_dir, "--by", "dana", "--reason", "looks wrong")
+        capfd.readouterr()
+    words = [str(run_dir) if word == "DIR" else word for word in words]
+    code, said = loopguard(*words), capfd.readouterr()
+    monkeypatch.setattr("sys.argv", ["loopguard", *words])
+    monkeypatch.setattr("loopguard.cli.app.main", lambda _: pytest.fail("the whole command line was asked"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert (ended.value.code, capfd.readouterr()) == (code, said)
+    assert code == (4 if frozen else 0)
+
+
+def test_a_plain_status_of_no_run_is_one_line_and_2(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "loopguard.cli", "status", tmp_path], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    assert "is not a run directory" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["status"], ["status", "--help"], ["status", "a", "b"], ["status", "--jsno", "a"], ["statsu", "a"], []]
+)
+def test_every_other_word_takes_the_whole_command_line(monkeypatch, words):
+    asked = []
+    monkeypatch.setattr("sys.argv", ["loopguard", *words])
+    monkeypatch.setattr("loopguard.cli.app.main", asked.append)
+    main()
+    assert asked == [words]
+
+
+def test_a_plain_status_loads_no_pydantic(run_dir):
+    code = (
+        "import sys, contextlib\nfrom loopguard.cli.__main__ import main\n"
+        f"sys.argv = ['loopguard', 'status', {str(run_dir)!r}]\n"
+        "with contextlib.suppress(SystemExit):\n    main()\n"
+        "print([m for m in ('pydantic', 'cryptography', 'rich', 'loopguard.cli.app') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
 def test_they_load_nothing_that_a_training_loop_needs(run_dir):
