@@ -475,6 +475,16 @@ def rolled_back_meanwhile(room):
     room.sign(ELI, statement)
 
 
+def waiver_of_another_rule(room):
+    """What tripped was a bound, and nobody lets pass what did not trip."""
+    room.hand_in(dataclasses.replace(ask_only(room), waives="jump:loss", waives_cycles=2))
+
+
+def run_that_was_halted(room):
+    room.state.halt(by="loopguard", reason="it froze too often", because="budget")
+    room.hand_in(ask_only(room))
+
+
 def key_that_ran_out(room):
     statement = room.ask()
     room.sign(FAY, statement)
@@ -526,6 +536,8 @@ TABLE = [
     (of_another_log, "head"),
     (rolled_back_meanwhile, "target"),
     (key_that_ran_out, "key_expired"),
+    (waiver_of_another_rule, "malformed"),
+    (run_that_was_halted, "halted"),
 ]
 
 
