@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
 from loopguard.audit.events import Head, printable
+from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import write_synced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
     from loopguard.approvals import Consent
     from loopguard.audit.events import Entry
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 CONTROLLER = "controller"
 """The stream of the process that owns the run."""
 
-RequestKind = Literal["freeze", "resume", "approval", "note"]
+RequestKind = Literal["freeze", "resume", "approval", "note", "erase"]
 _TURNS = ("freeze.entered", "resume.applied")
 _ANCHOR = "anchor"
 """In a latch, in place of a freeze: a required anchor failed."""
@@ -88,6 +89,8 @@ class Request:
     """What people have to sign before a resume; None where the guard policy asks for no approvals."""
     signature: str | None = None
     """Of an approval."""
+    commitments: tuple[str, ...] = ()
+    """The payloads that are to be erased."""
     consent: Consent | None = None
     """By which people a resume was approved; nothing that a file in `requests/` can say."""
 
@@ -273,6 +276,10 @@ class FreezeState:
     def _take_in(self, request: Request) -> Iterator[Request]:
         approvals = self._approvals
         assert approvals is not None  # requests are for the owner of a run
+        if request.kind == "erase":
+            # It stops nothing and lets nothing go on, so that it ends no request that waits for approvals.
+            self._log.erase(request.commitments, by=request.by, reason=request.reason)
+            return
         if approvals.settled(request.id):
             return
         body: dict[str, Any] = {"request": request.id, "by": request.by, "reason": request.reason}
@@ -327,7 +334,7 @@ class FreezeState:
             "hash": self._log.head.hash,
             "frozen": self._freeze is not None,
             "freeze": self._freeze,
-            "reason": self._reason,
+            "reason": clean(self._reason),
             "cycle": cycle,
             "approvals": self._approvals_needed(),
         }
@@ -415,7 +422,7 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     latch = run_dir / "latch"
     if latch.exists():
         return
-    body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+    body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
     partial = run_dir / f".latch-{uuid.uuid4().hex}"
     with writing(latch):
         write_synced(partial, json.dumps(body, sort_keys=True).encode() + b"\n")
@@ -443,11 +450,14 @@ def submit(
     freeze: str | None = None,
     statement: Statement | None = None,
     signature: str | None = None,
+    commitments: Sequence[str] = (),
 ) -> Request:
     """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
 
-    `statement` is what a resume asks people to sign, `signature` an approval.
+    `statement` is what a resume asks people to sign, `signature` an approval, `commitments` what is to be erased.
+    Secrets in the reason do not reach the disk.
     """
+    by, reason = clean(by), clean(reason)
     folder = run_dir / "requests"
     folder.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
@@ -456,6 +466,8 @@ def submit(
         body["statement"] = statement.facts()
     if signature is not None:
         body["signature"] = signature
+    if commitments:
+        body["commitments"] = list(commitments)
     partial = folder / f".{name}"
     partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
     descriptor = os.open(partial, os.O_RDONLY)
@@ -474,6 +486,7 @@ def submit(
         freeze=freeze,
         statement=body.get("statement"),
         signature=signature,
+        commitments=tuple(commitments),
     )
 
 
@@ -616,9 +629,12 @@ def _read_request(path: Path) -> Request | None:
         body = json.loads(path.read_bytes())
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
+        commitments = tuple(map(str, body.get("commitments", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if kind not in get_args(RequestKind):
+        return None
+    if kind == "erase" and not (by.strip() and reason.strip() and commitments):
         return None
     return Request(
         id=path.stem,
@@ -628,6 +644,7 @@ def _read_request(path: Path) -> Request | None:
         freeze=freeze,
         statement=statement,
         signature=str(signature) if signature is not None else None,
+        commitments=commitments,
     )
 
 

@@ -99,7 +99,8 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("sandbox", "profiles", "*", "limits"): {"files": 64, "files_mib": 8, "files_depth": 8},
     ("tools",): {"budget": None},
     (): {"resume": None, "notify": None},
-    ("audit",): {"checkpoint_every": 1000, "anchors": [], "segment_mib": 64, "compress": True, "retain_days": 365},
+    ("audit",): {"checkpoint_every": 1000, "anchors": [], "segment_mib": 64, "compress": True, "retain_days": 365}
+    | {"payloads": {"code": "head", "printed": "digest"}},
 }
 
 
