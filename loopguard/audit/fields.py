@@ -11,11 +11,12 @@ anything is hashed; what a caller passed in never changes. `docs/audit-format.md
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import redact
-from loopguard.audit.events import canonical
+from loopguard.audit.events import canonical, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -24,12 +25,13 @@ Path = tuple[str | int, ...]
 
 _PLAIN = (int, float, bool, type(None))
 _NUMBERS = frozenset(_PLAIN)
+_SAFE_INT = 2**53
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
 _NUMBER_TEXT = re.compile(r"-?[0-9]{1,400}|NaN|-?Infinity")
 # Too short for any token, or too plain: ids, what rules and tools are mostly called.
 _PLAIN_WORD = re.compile(r"[\w.: -]{0,15}|[0-9a-f-]{0,64}", re.ASCII)
 _CLEAN: set[str] = set()
-"""Short texts in which there was nothing to find: reasons and names come again with every record."""
+"""Short ASCII texts in which there was nothing to find: reasons and names come again with every record."""
 _MOST_CLEAN = 4096
 _SHORT = 64
 
@@ -96,7 +98,7 @@ def _clean(text: str) -> bool:
     """Whether there is nothing to find in a text, at a glance."""
     if redact.suspicious(text):
         return False
-    if len(text) <= _SHORT and len(_CLEAN) < _MOST_CLEAN:
+    if len(text) <= _SHORT and len(_CLEAN) < _MOST_CLEAN and text.isascii():
         _CLEAN.add(text)
     return True
 
@@ -248,6 +250,36 @@ def _of_kind(kind: Kind, value: Any, path: Path, found: list[Path]) -> Any:
     return value if kind.fits(value) else kind.shown(value, path, found)
 
 
+def recorded(name: str, body: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """A copy of a body as JSON values, as the record may hold it, and pointers to what in it was replaced.
+
+    Raises AuditError, as `events.plain` does, for what is no JSON value.
+    """
+    # What `plain` and `shown` do, in one go for the members that nearly all records consist of.
+    kinds, told = BODIES[name], {}
+    for member, value in body.items():
+        kind, of = kinds.get(member), type(value)
+        if kind is None:
+            break
+        if of is str:
+            fine = value in _CLEAN or (value.isascii() and kind.fits(value))
+        elif of is int:
+            fine = -_SAFE_INT < value < _SAFE_INT
+        elif of is float:
+            fine = math.isfinite(value)
+        elif value is None or of is bool:
+            fine = True
+        else:
+            value = plain(value, place=f"body.{member}")
+            fine = kind.fits(value)
+        if not fine:
+            break
+        told[member] = value
+    else:
+        return told, []
+    return shown(name, plain(dict(body)))
+
+
 def shown(name: str, body: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The body of a record as it may be written, and pointers to what in it was replaced.
 
@@ -346,9 +378,48 @@ _ANCHOR: dict[str, Kind] = {
     "required": NUMBER,
 }
 
+_POLICY: dict[str, Kind] = {
+    "name": WORD,
+    "digest": DIGEST,
+    "resume": Members(
+        approvals=NUMBER,
+        people=MapOf(ListOf(OPAQUE)),
+        requester_may_approve=NUMBER,
+        within_s=NUMBER,
+        execute_within_s=NUMBER,
+    ),
+    "notify": ListOf(Members(endpoint=WORD, kind=WORD, to=TEXT)),
+}
+
 BODIES: dict[str, dict[str, Kind]] = {
     "log.opened": {"pid": NUMBER, "versions": _VERSIONS, "key": OPAQUE},
     "log.recovered": {"torn_bytes": NUMBER, "digest": DIGEST, "file": WORD},
+    "log.left_raw": {"segments": ListOf(WORD), "reason": TEXT},
+    "log.pruned": {
+        "from": NUMBER,
+        "through": NUMBER,
+        "hash": DIGEST,
+        "epoch": NUMBER,
+        "edge": ListOf(DIGEST),
+        "digest": DIGEST,
+        "bytes": NUMBER,
+        "segments": ListOf(WORD),
+        "torn": ListOf(WORD),
+        "since": WORD,
+        "until": WORD,
+        "before": WORD,
+        "by": TEXT,
+        "reason": TEXT,
+        "state": Members(
+            calls=ListOf(WORD),
+            orphans=ListOf(WORD),
+            lease=Members(**_SPAN),
+            promotion=DIGEST,
+            policy=Members(**_POLICY),
+            key=OPAQUE,
+            freezes=NUMBER,
+        ),
+    },
     "streams.committed": {"streams": MapOf(Members(seq=NUMBER, hash=DIGEST)), "unreadable": ListOf(WORD)},
     "anchor.kept": {name: _ANCHOR[name] for name in ("kind", "place", "size", "where")},
     "anchor.failed": {name: _ANCHOR[name] for name in ("kind", "place", "size", "reason", "required")},
@@ -363,18 +434,7 @@ BODIES: dict[str, dict[str, Kind]] = {
     },
     "run.finished": {"cycles": NUMBER},
     "run.interrupted": {"cycles": NUMBER},
-    "policy.loaded": {
-        "name": WORD,
-        "digest": DIGEST,
-        "resume": Members(
-            approvals=NUMBER,
-            people=MapOf(ListOf(OPAQUE)),
-            requester_may_approve=NUMBER,
-            within_s=NUMBER,
-            execute_within_s=NUMBER,
-        ),
-        "notify": ListOf(Members(endpoint=WORD, kind=WORD, to=TEXT)),
-    },
+    "policy.loaded": _POLICY,
     "policy.adopted": {
         "from": DIGEST,
         "to": DIGEST,

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import loopguard
 from loopguard.audit import anchors as places
-from loopguard.audit import compress as packing
 from loopguard.audit import blobs, keys, notes, prune, pruned, read, verify
+from loopguard.audit import compress as packing
 from loopguard.audit.events import (
     ABOUT_ANCHORS,
     FORMAT,
@@ -42,7 +42,7 @@ from loopguard.audit.events import (
     encode,
     plain,
 )
-from loopguard.audit.fields import shown, shown_actor
+from loopguard.audit.fields import recorded, shown_actor
 from loopguard.audit.segments import DamagedSegmentError, is_packed
 from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, LoopGuardError, RunBusyError
 
@@ -933,7 +933,7 @@ def _fields(
 ) -> dict[str, Any]:
     """What a caller says of a record, as JSON values, and without what a record may not hold."""
     check_type(name)
-    told, redacted = shown(name, plain(dict(body or {})))
+    told, redacted = recorded(name, body or {})
     by = _LOOP_ACTOR
     if actor:
         by, more = shown_actor(plain(dict(actor), place="actor"))

@@ -1485,7 +1485,7 @@ def replaced_at_the_cut_of_another_stream(home):
     return {"head": log.head}
 
 
-# -- payloads that lie apart --------------------------------------------------------------------------------------------
+# -- payloads that lie apart -------------------------------------------------------------------------------------------
 
 
 def apart(log, data, *, member="code", **changes):

@@ -174,7 +174,7 @@ class TestCheck:
     )
     def test_what_is_no_commitment_is_a_protocol_finding(self, tmp_path, monkeypatch, body):
         """Only who writes a log of his own gets that far; nothing outside of the folder is looked at."""
-        monkeypatch.setattr(logs, "shown", lambda _, told: (told, []))
+        monkeypatch.setattr(logs, "recorded", lambda _, told: (told, []))
         with open_log(tmp_path / "run") as log:
             log.append("tool.decided", {"call": "c", "result": "deny", "code": body})
         assert find(tmp_path / "run")[0] == 40
