@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from audit_stories import open_log
 
-from loopguard.audit import blobs, read
+from loopguard.audit import blobs, prune, read
 from loopguard.audit import log as logs
 from loopguard.audit.verify import verify
 from loopguard.errors import AuditWriteError, UsageError
@@ -406,6 +406,28 @@ log.erase([kept["commitment"]], by="dana", reason="r")
             for one in blobs.erased_by(entry.body)
         ]
         assert set(there(tmp_path / "run")) == named - set(erased)
+
+
+def test_the_payloads_of_a_pruned_front_go_at_the_next_start_and_no_others(tmp_path):
+    """What no record names any more cannot be erased by anybody, so that it must not stay."""
+    run_dir = tmp_path / "run"
+    with open_log(run_dir) as log:
+        old = call(log, "c1")
+    with open_log(run_dir, segment_bytes=10) as log:
+        log.append("note.added", {"text": "the first record of a segment of its own"})
+        young = call(log, "c2")
+    plan = prune.plan(run_dir, "controller", before="2031-01-01T00:00:00.000000Z", stays=lambda _: "")
+    with open_log(run_dir) as log:
+        entry = prune.record(log, plan, by="dana", reason="r")
+        log.checkpoint()
+        prune.carry_out(folder(run_dir), entry)
+    assert [one.commitment for each in read.entries(run_dir) for one in blobs.named(each)] == [young]
+    assert verify(run_dir).code == 20
+    with open_log(run_dir):
+        pass
+    assert there(run_dir) == [young]
+    (dropped,) = read.entries(run_dir, types=("blob.dropped",))
+    assert dropped.body["commitments"] == [old]
 
 
 class TestChoose:
