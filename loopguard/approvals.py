@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
+from loopguard.audit.redact import clean
 from loopguard.consent.book import TYPES, Approval, Book, count, later
 from loopguard.consent.sshsig import stamp
 from loopguard.consent.statement import Code, PolicyChange, RefusedError, Statement
@@ -107,6 +108,8 @@ def ask(
         raise UsageError(
             f"{run_dir}/snapshots/promoted.json cannot be read: nobody can say what the run would go back to"
         )
+    # As the records will hold them: a signature is over just what is recorded.
+    by, reason = clean(by), clean(reason)
     begins = max(stamp(now), head.ts)
     return Statement(
         run=head.log.rpartition("/")[0],

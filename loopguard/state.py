@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
 from loopguard.audit.events import Head, printable
+from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
@@ -39,7 +40,7 @@ CONTROLLER = "controller"
 """The stream of the process that owns the run."""
 
 HaltCause = Literal["decision", "budget"]
-RequestKind = Literal["freeze", "resume", "approval", "note"]
+RequestKind = Literal["freeze", "resume", "approval", "note", "erase"]
 _TURNS = ("freeze.entered", "resume.applied", "run.halted")
 _ANCHOR = "anchor"
 """In a latch, in place of a freeze: a required anchor failed."""
@@ -101,6 +102,8 @@ class Request:
     """Of an approval."""
     way: WayOn = ROLL_BACK
     """How a resume wants the run to go on."""
+    commitments: tuple[str, ...] = ()
+    """The payloads that are to be erased."""
     consent: Consent | None = None
     """By which people a resume was approved; nothing that a file in `requests/` can say."""
 
@@ -323,6 +326,10 @@ class FreezeState:
     def _take_in(self, request: Request) -> Iterator[Request]:
         approvals = self._approvals
         assert approvals is not None  # requests are for the owner of a run
+        if request.kind == "erase":
+            # It stops nothing and lets nothing go on, so that it ends no request that waits for approvals.
+            self._log.erase(request.commitments, by=request.by, reason=request.reason)
+            return
         if approvals.settled(request.id):
             return
         body: dict[str, Any] = {"request": request.id, "by": request.by, "reason": request.reason}
@@ -388,7 +395,7 @@ class FreezeState:
             "hash": self._log.head.hash,
             "frozen": self._freeze is not None,
             "freeze": self._freeze,
-            "reason": self._reason,
+            "reason": clean(self._reason),
             "cycle": cycle,
             "hold": self.hold,
             "probation": self.probation,
@@ -481,7 +488,7 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     places = latches(run_dir)
     if any(latch.exists() for latch in places):
         return
-    body = {"freeze": freeze, "reason": reason, "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+    body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
     data = json.dumps(body, sort_keys=True).encode() + b"\n"
     for latch in places[:-1]:
         try:
@@ -549,11 +556,14 @@ def submit(
     way: WayOn | None = None,
     statement: Statement | None = None,
     signature: str | None = None,
+    commitments: Sequence[str] = (),
 ) -> Request:
     """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
 
     `way` is how a resume wants the run to go on, `statement` what it asks people to sign, `signature` an approval.
+    `commitments` is what is to be erased. Secrets in the reason do not reach the disk.
     """
+    by, reason = clean(by), clean(reason)
     folder = run_dir / "requests"
     folder.mkdir(exist_ok=True)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
@@ -564,6 +574,8 @@ def submit(
         body["statement"] = statement.facts()
     if signature is not None:
         body["signature"] = signature
+    if commitments:
+        body["commitments"] = list(commitments)
     partial = folder / f".{name}"
     partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
     descriptor = os.open(partial, os.O_RDONLY)
@@ -583,6 +595,7 @@ def submit(
         statement=body.get("statement"),
         signature=signature,
         way=way or ROLL_BACK,
+        commitments=tuple(commitments),
     )
 
 
@@ -742,9 +755,12 @@ def _read_request(path: Path) -> Request | None:
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
         way = WayOn.read(body)
+        commitments = tuple(map(str, body.get("commitments", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     if kind not in get_args(RequestKind):
+        return None
+    if kind == "erase" and not (by.strip() and reason.strip() and commitments):
         return None
     return Request(
         id=path.stem,
@@ -755,6 +771,7 @@ def _read_request(path: Path) -> Request | None:
         statement=statement,
         signature=str(signature) if signature is not None else None,
         way=way,
+        commitments=commitments,
     )
 
 

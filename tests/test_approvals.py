@@ -812,3 +812,28 @@ def test_a_rule_in_a_record_is_read_strictly(facts):
 
 def test_a_fingerprint_is_that_of_the_blob():
     assert fingerprint(DANA.blob) == DANA.fingerprint
+
+
+class TestSecrets:
+    SECRET = "ghp_" + "a1B2c3D4e5F6g7H8i9J0k1L2m3N4o5P6q7R8"
+
+    def test_one_in_a_reason_is_neither_signed_nor_recorded_and_the_run_goes_on(self, frozen):
+        """What people sign is what the log will hold, to the character."""
+        statement = frozen.ask(reason=f"revoked {self.SECRET}")
+        assert statement.reason == "revoked [secret: github token]"
+        for person in (DANA, ELI):
+            frozen.sign(person, statement)
+        assert not standing(frozen.path).frozen
+        assert verify(frozen.path).code == 20
+        assert [path for path in frozen.path.rglob("*.json*") if self.SECRET.encode() in path.read_bytes()] == []
+
+    def test_a_statement_that_holds_one_all_the_same_counts_for_nothing(self, frozen):
+        """It is recorded without, so that no signature fits it: better than to keep the secret."""
+        made = ask(frozen.path, by="sam", reason="r", now=frozen.clock.now())
+        statement = dataclasses.replace(made, reason=f"revoked {self.SECRET}")
+        frozen.hand_in(statement)
+        for person in (DANA, ELI):
+            frozen.sign(person, statement)
+        assert standing(frozen.path).frozen
+        assert set(frozen.codes()) == {"wrong_bytes"}
+        assert self.SECRET.encode() not in read.segments(frozen.path)[0].read_bytes()

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from loopguard.audit import anchors as places
+from loopguard.audit import blobs, notes, pruned, read
 from loopguard.audit import keys as keyring
-from loopguard.audit import notes, pruned, read
 from loopguard.audit import segments as files
 from loopguard.audit.events import MAX_LINE_BYTES, printable
 from loopguard.audit.export import outside, whole_file
@@ -42,7 +42,7 @@ What this is
 The audit log of one run of a self-training loop that LoopGuard guarded, and what it takes to check it. The run is
 {run}. Nothing has to be installed but Python 3.11 and its package cryptography.
 
-    run/               the evidence: the log under run/audit, the guard policies under run/policy
+    run/               the evidence: the log under run/audit, the guard policies under run/policy{payloads}
     keys/              public keys that whoever packed this trusted: {keys}
     anchors/           checkpoints of the log that were kept elsewhere: {anchors}
     report.html        what happened, for people; made from the log, and no evidence by itself
@@ -78,14 +78,23 @@ class Packed:
     verification: Verification
     living: bool
     """Whether a process was still writing the log."""
+    payloads: int
+    """How many payloads of tool calls are in it."""
 
 
 def bundle(
-    run_dir: Path, *, out: Path, keys: Sequence[str] = (), anchors: Sequence[Path] = (), expect_head: str | None = None
+    run_dir: Path,
+    *,
+    out: Path,
+    keys: Sequence[str] = (),
+    anchors: Sequence[Path] = (),
+    expect_head: str | None = None,
+    without_payloads: bool = False,
 ) -> Packed:
     """Pack a run into a .tar.gz outside of it. The file appears when it is whole.
 
-    `keys`, `anchors` and `expect_head` are what `verify` trusts; keys and anchors are packed as well. Raises UsageError
+    `keys`, `anchors` and `expect_head` are what `verify` trusts; keys and anchors are packed as well. Payloads that lie
+    apart from the log are packed as they are, unless it is to be `without_payloads`. Raises UsageError
     where there is no log, where `out` lies in the run directory, or where a part of the evidence is a link.
     """
     run_dir, out = Path(run_dir), Path(out)
@@ -93,11 +102,15 @@ def bundle(
     if not read.segments(run_dir):
         raise UsageError(f"{run_dir} holds no audit log ({read.stream_dir(run_dir)} has no seg-*.jsonl)")
     living = read.owner(run_dir) is not None
-    found = verify(run_dir, keys=keys, anchors=anchors, expect_head=expect_head)
+    trusts: dict[str, Any] = {"keys": keys, "anchors": anchors, "expect_head": expect_head}
+    trusts["without_payloads"] = without_payloads
+    found = verify(run_dir, **trusts)
     texts = _packed_with_it(run_dir, keys, anchors)
     texts["verification.json"] = json.dumps(_facts(run_dir, found), sort_keys=True, indent=1) + "\n"
-    texts["report.html"] = render(run_dir, keys=keys, anchors=anchors, expect_head=expect_head)
-    texts["README.txt"] = _readme(found, sorted(texts), run=_run_of(run_dir), expect_head=expect_head)
+    texts["report.html"] = render(run_dir, **trusts)
+    texts["README.txt"] = _readme(
+        found, sorted(texts), run=_run_of(run_dir), expect_head=expect_head, without_payloads=without_payloads
+    )
     evidence = [(f"run/{path.relative_to(run_dir)}", path) for path in _evidence(run_dir)]
     with whole_file(out) as file, _archive(file) as tar:
         for name, text in sorted(texts.items()):
@@ -105,7 +118,13 @@ def bundle(
             tar.addfile(_info(name, len(data)), io.BytesIO(data))
         for name, path in evidence:
             _add(tar, name, path, living=living)
-    return Packed([*sorted(texts), *(name for name, _ in evidence)], found, living)
+        # Behind the records that name them, since a payload is there before its record.
+        apart = [] if without_payloads else [(f"run/{path.relative_to(run_dir)}", path) for path in _apart(run_dir)]
+        for name, path in apart:
+            with contextlib.suppress(FileNotFoundError):  # erased just now
+                _add(tar, name, path, living=living)
+    names = [*sorted(texts), *(name for name, _ in (*evidence, *apart))]
+    return Packed(names, found, living, payloads=len(apart))
 
 
 @contextlib.contextmanager
@@ -148,18 +167,20 @@ def _facts(run_dir: Path, found: Verification) -> dict[str, Any]:
     return {**facts, **texts, "streams": streams}
 
 
-def _readme(found: Verification, names: list[str], *, run: str, expect_head: str | None) -> str:
+def _readme(found: Verification, names: list[str], *, run: str, expect_head: str | None, without_payloads: bool) -> str:
     keys = [name for name in names if name.startswith("keys/")]
     has_anchors = any(name.startswith("anchors/") for name in names)
     alone = "standalone.py" in names
     words = ["python3 standalone.py run" if alone else "loopguard audit verify run", *(f"--key {key}" for key in keys)]
     words += ["--anchors anchors"] if has_anchors else []
     words += [f"--expect-head {expect_head}"] if expect_head is not None else []
+    words += ["--without-payloads"] if without_payloads else []
     return _README.format(
         run=printable(run),
         keys=f"{len(keys)}" if keys else "none was given",
         anchors="see there" if has_anchors else "none were given",
         standalone="" if alone else ": not in this bundle",
+        payloads="; without the payloads of tool calls" if without_payloads else "",
         command=" ".join(words),
         status=found.status,
         code=found.code,
@@ -185,6 +206,15 @@ def _evidence(run_dir: Path) -> Iterator[Path]:
         _refuse_links(segments)
         yield from segments
         yield from _files(folder, ("torn-*.bin",))
+
+
+def _apart(run_dir: Path) -> Iterator[Path]:
+    """The payloads that lie apart from the log. Raises UsageError at a link."""
+    for name in read.streams(run_dir):
+        home = read.stream_dir(run_dir, name) / blobs.FOLDER
+        found = blobs.paths(home.parent)
+        _refuse_links([home, *sorted({path.parent for path in found}), *found])
+        yield from (path for path in found if path.is_file())
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

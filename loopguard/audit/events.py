@@ -91,6 +91,8 @@ TYPES: dict[str, str] = {
     "hold.ended": "cycles begin again",
     "note.requested": "a person handed in a note",
     "note.added": "a person wrote something down",
+    "blob.dropped": "payloads that no record names were deleted, as a crash had left them",
+    "blob.erased": "a person had payloads erased",
     "sandbox.created": "a cell was started",
     "sandbox.removed": "a cell was taken away",
     "sandbox.reaped": "cells of a dead owner were taken away",

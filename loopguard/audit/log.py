@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import loopguard
 from loopguard.audit import anchors as places
+from loopguard.audit import blobs, keys, notes, prune, pruned, read, verify
 from loopguard.audit import compress as packing
-from loopguard.audit import keys, notes, prune, pruned, read, verify
 from loopguard.audit.events import (
     ABOUT_ANCHORS,
     FORMAT,
@@ -45,6 +45,7 @@ from loopguard.audit.events import (
     encode,
     plain,
 )
+from loopguard.audit.fields import recorded, shown_actor
 from loopguard.audit.segments import DamagedSegmentError, is_packed
 from loopguard.errors import AuditError, AuditTamperedError, AuditWriteError, LoopGuardError, RunBusyError
 
@@ -238,6 +239,8 @@ class AuditLog:
         """How many records the last checkpoint stands for."""
         self._told = 0
         """The last record that is not about a checkpoint."""
+        self._erased = found.erased
+        """Payloads that some record says are erased."""
         with _disk(f"write the audit log of {run_dir}"):
             _set_aside(folder, found)
             if strict:
@@ -254,6 +257,7 @@ class AuditLog:
             for name, data in _unrecorded(folder, found.recovered):
                 body = {"torn_bytes": len(data), "digest": hashlib.sha256(data).hexdigest(), "file": name}
                 self.append("log.recovered", body)
+            self._drop_unnamed(found.unnamed)
             opened = {"pid": os.getpid(), "versions": _versions()}
             self.append("log.opened", opened | ({"key": str(key.public)} if key else {}))
         except BaseException:
@@ -355,6 +359,37 @@ class AuditLog:
             self._mirror(entry)
         return entry
 
+    def keep(self, payloads: Sequence[bytes]) -> list[dict[str, Any]]:
+        """Put payloads beside the log, durably; gives what stands for each of them in the record that names it.
+
+        Write that record next: a payload that none names is dropped at the next start. Raises AuditWriteError, and then
+        takes no more records, as after any other write that failed.
+        """
+        self._refuse_if_unusable()
+        try:
+            return blobs.keep(self._folder, payloads)
+        except OSError as error:
+            raise self._failed("keep a payload beside", error) from error
+
+    def erase(self, commitments: Sequence[str], *, by: str, reason: str) -> list[str]:
+        """Record that a person has payloads erased, then delete them; gives those that were not erased before.
+
+        One that cannot be deleted is named in a note, and the next start deletes it. Raises AuditWriteError where it
+        cannot be recorded; then nothing is deleted.
+        """
+        fresh = [one for one in dict.fromkeys(commitments) if blobs.is_commitment(one) and one not in self._erased]
+        for start in range(0, len(fresh), blobs.AT_ONCE):
+            part = fresh[start : start + blobs.AT_ONCE]
+            body = {"by": by, "reason": reason, "commitments": part}
+            self.append("blob.erased", body, actor={"kind": "person", "id": by})
+            self._erased.update(part)
+            try:
+                blobs.delete(self._folder, part)
+            except OSError as error:
+                text = f"payloads that were erased cannot be deleted yet: {error.strerror} ({error.filename})"
+                self.append("note.added", {"by": "loopguard", "text": text})
+        return fresh
+
     def sync(self) -> None:
         """Return once everything appended so far is on disk. Callers at the same time share one sync."""
         self._refuse_if_unusable()
@@ -383,6 +418,14 @@ class AuditLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _drop_unnamed(self, names: Sequence[str]) -> None:
+        """Delete payloads that no record came to name before a process died; what they would have allowed never was."""
+        for start in range(0, len(names), blobs.AT_ONCE):
+            part = names[start : start + blobs.AT_ONCE]
+            self.append("blob.dropped", {"count": len(part), "commitments": part})
+            with _disk("delete payloads that no record names"):
+                blobs.delete(self._folder, part)
 
     def _put(self, fields: Mapping[str, Any], *, sync: bool) -> Entry:
         self._refuse_if_unusable()
@@ -529,7 +572,6 @@ class AuditLog:
             "boot": self._boot,
             "id": _uuid7(second * 1000 + micros // 1000, micros % 1000, self._chance.getrandbits(62)),
             "policy": self.policy,
-            "redacted": [],
             "prev": self._head.hash,
             **fields,
         }
@@ -669,6 +711,10 @@ class _Found:
     recovered: frozenset[str] = frozenset()
     """Files of set-aside bytes that a record names already."""
     front: pruned.Front = field(default_factory=pruned.Front)
+    erased: set[str] = field(default_factory=set)
+    """Payloads that a record says are erased."""
+    unnamed: list[str] = field(default_factory=list)
+    """Payloads beside the log that no record names."""
 
 
 def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
@@ -679,6 +725,7 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
     if found.front.pruned is not None:
         found.epoch = found.front.pruned.epoch
         chain.begin(found.front.pruned)
+    shelf = blobs.Shelf(read.stream_dir(run_dir, stream))
     paths = read.segments(run_dir, stream)
     summed = dict(notes.stored(read.stream_dir(run_dir, stream)))
     for path in paths:
@@ -698,14 +745,18 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
                     recovered.add(str(entry.body.get("file")))
                 if entry.type == pruned.RECORD:
                     found.front.take(entry)
+                shelf.feed(entry)
     found.head, found.tree = chain.head, chain.tree
     found.recovered = frozenset(recovered)
+    found.erased = shelf.erased
     found.summed = max((size for size in summed if size <= chain.head.seq), default=0)
     if strict and (trouble := found.front.judge()):
         raise AuditTamperedError(f"{trouble}. `loopguard audit verify` says more")
     if strict and summed and max(summed) > chain.head.seq:
         tail = f"the log ends at record {chain.head.seq}: the tail was cut. `loopguard audit verify` says more"
         raise AuditTamperedError(f"{summed[max(summed)]} was written when there were {max(summed)} records; {tail}")
+    if strict:  # of an altered log nobody knows what its lost records named
+        found.unnamed = shelf.finish()
     return found
 
 
@@ -911,14 +962,20 @@ def _fields(
     cause: Sequence[str],
     actor: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a caller says of a record, as JSON values."""
+    """What a caller says of a record, as JSON values, and without what a record may not hold."""
     check_type(name)
+    told, redacted = recorded(name, body or {})
+    by = LOOP
+    if actor:
+        by, more = shown_actor(plain(dict(actor), place="actor"))
+        redacted += more
     return {
         "type": name,
-        "body": plain(body if type(body) is dict else dict(body or {})),
+        "body": told,
         "cycle": cycle,
         "cause": plain(list(cause), place="cause") if cause else [],
-        "actor": plain(dict(actor), place="actor") if actor else LOOP,
+        "actor": by,
+        "redacted": redacted,
     }
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from loopguard.audit import query, read
+from loopguard.audit import blobs, query, read, redact
 from loopguard.audit.events import number, printable
 from loopguard.audit.verify import OK, UNANCHORED, WARN, Verification, verify
 from loopguard.errors import AuditTamperedError
@@ -45,28 +45,39 @@ Point = tuple[float, float]
 
 
 def write_report(
-    run_dir: Path, *, keys: Sequence[str] = (), anchors: Sequence[Path] = (), expect_head: str | None = None
+    run_dir: Path,
+    *,
+    keys: Sequence[str] = (),
+    anchors: Sequence[Path] = (),
+    expect_head: str | None = None,
+    without_payloads: bool = False,
 ) -> Path:
     """Verify the log, read it, and write `report.html` into the run directory. Gives its path.
 
-    `keys`, `anchors` and `expect_head` are what `verify` trusts. A log that was altered gives a report too: up to the
-    damage, and with the damage on top. UsageError where there is no log, or for keys and anchors that are none.
+    `keys`, `anchors`, `expect_head` and `without_payloads` are as `verify` takes them. A log that was altered gives a
+    report too: up to the damage, and with the damage on top. UsageError where there is no log, or for keys and anchors
+    that are none.
     """
     path = Path(run_dir) / "report.html"
     partial = path.with_name(".report.html")
-    page = render(Path(run_dir), keys=keys, anchors=anchors, expect_head=expect_head)
+    page = render(Path(run_dir), keys=keys, anchors=anchors, expect_head=expect_head, without_payloads=without_payloads)
     partial.write_text(page, encoding="utf-8")
     os.replace(partial, path)  # noqa: PTH105 - the one call whose name says that a reader never sees half of it
     return path
 
 
 def render(
-    run_dir: Path, *, keys: Sequence[str] = (), anchors: Sequence[Path] = (), expect_head: str | None = None
+    run_dir: Path,
+    *,
+    keys: Sequence[str] = (),
+    anchors: Sequence[Path] = (),
+    expect_head: str | None = None,
+    without_payloads: bool = False,
 ) -> str:
-    """The report as text; `keys`, `anchors` and `expect_head` are what `verify` trusts."""
-    told = _Told()
+    """The report as text. `keys`, `anchors`, `expect_head` and `without_payloads` are as `verify` takes them."""
+    told = _Told(None if without_payloads else blobs.Reader(run_dir))
     cut = told.read(read.entries(run_dir))
-    verified = verify(run_dir, keys=keys, anchors=anchors, expect_head=expect_head)
+    verified = verify(run_dir, keys=keys, anchors=anchors, expect_head=expect_head, without_payloads=without_payloads)
     template = _environment().get_template("report.html.j2")
     return template.render(view=_View(told, verified, run_dir, cut))
 
@@ -147,7 +158,7 @@ class _Tool:
 class _Told:
     """The story of a run and what the charts need beside it."""
 
-    def __init__(self) -> None:
+    def __init__(self, payloads: blobs.Reader | None) -> None:
         self.story = query.Story()
         self.curves: defaultdict[str, _Curve] = defaultdict(_Curve)
         self.panels: list[tuple[int, dict[str, float], bool]] = []
@@ -167,8 +178,10 @@ class _Told:
         self.all_checkpoints = 0
         self.tools: defaultdict[str, _Tool] = defaultdict(_Tool)
         self._update = 0
-        self._codes: dict[str, tuple[str, str]] = {}
+        self._codes: dict[str, tuple[str, _Code]] = {}
         """Tool and code of the calls under way."""
+        self._payloads = payloads
+        """What lies apart; None where it is left out."""
 
     def read(self, entries: Iterable[Entry]) -> str:
         """Take in all records; where one was altered, stop there and say so."""
@@ -216,7 +229,14 @@ class _Told:
                 self.freezes.append((self._update if at is None else at, self.story.freezes[-1]))
             case "tool.decided" | "tool.finished" | "tool.lost":
                 self._call(entry)
-            case "resume.applied" | "approval.given" | "policy.adopted" | "freeze.requested" | "note.added":
+            case (
+                "resume.applied"
+                | "approval.given"
+                | "policy.adopted"
+                | "freeze.requested"
+                | "note.added"
+                | "blob.erased"
+            ):
                 self.people.append(entry)
             case _:
                 pass  # the story has it
@@ -246,7 +266,7 @@ class _Told:
         body = entry.body
         call = str(body.get("call"))
         if entry.type == "tool.decided":
-            tool, code = str(body.get("tool")), str(body.get("code_head", ""))
+            tool, code = str(body.get("tool")), _Code.of(entry)
             if body.get("result") == "allow":
                 self.tools[tool].allowed += 1
                 self._codes[call] = tool, code
@@ -254,7 +274,7 @@ class _Told:
             self.tools[tool].refused += 1
             how = f"refused by {body.get('rule')}: {body.get('reason')}"
         else:
-            tool, code = self._codes.pop(call, ("unknown", ""))
+            tool, code = self._codes.pop(call, ("unknown", _Code()))
             status = str(body.get("status"))
             if entry.type == "tool.lost":
                 self.tools[tool].lost += 1
@@ -264,8 +284,31 @@ class _Told:
                 how = f"contained: {status}"
             else:
                 return
-        example = self.examples.setdefault(how, _Example(how, code=code[:_CODE_CHARS], cycle=entry.cycle))
-        example.count += 1
+        if how not in self.examples:
+            self.examples[how] = _Example(how, code=code.text(self._payloads), cycle=entry.cycle)
+        self.examples[how].count += 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """The code of a call as its record has it."""
+
+    head: str = ""
+    commitment: str = ""
+    """Where it lies apart; it is looked up for those that are shown alone."""
+
+    @classmethod
+    def of(cls, entry: Entry) -> _Code:
+        apart = [one.commitment for one in blobs.named(entry) if one.member == "code"]
+        return cls(str(entry.body.get("code_head", "")), *apart)
+
+    def text(self, payloads: blobs.Reader | None) -> str:
+        """What a report quotes. It is handed on, so that secrets that lie apart stay there."""
+        if not self.commitment:
+            return self.head[:_CODE_CHARS]
+        if payloads is None:
+            return "(left out)"
+        return redact.head(payloads.text(self.commitment, most=redact.WINDOW_CHARS))[0][:_CODE_CHARS]
 
 
 def _lists(readings: Any) -> Iterator[tuple[str, list[float]]]:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import anchors as places
+from loopguard.audit import blobs, notes, pruned, read
 from loopguard.audit import keys as keyring
-from loopguard.audit import notes, pruned, read
 from loopguard.audit.events import (
     ABOUT_ANCHORS,
     GENESIS,
@@ -161,12 +161,14 @@ def verify(
     keys: Iterable[str] = (),
     anchors: Iterable[Path] = (),
     stream: str | None = None,
+    without_payloads: bool = False,
 ) -> Verification:
     """Check the log of a run directory or of a copy of one: all of its streams, or the one that is named.
 
     `expect_head` is a head noted earlier, `SEQ:HASH` or the hash alone, of the named stream or the controller's. `keys`
     are vkeys (or files with one) whose signatures are trusted, `anchors` files, folders or repositories with log
-    checkpoints that were kept elsewhere. Raises UsageError where one of them is not what it should be; what is wrong
+    checkpoints that were kept elsewhere. With `without_payloads` the reader knows that the payloads of tool calls did
+    not come along, and they are not missed. Raises UsageError where one of them is not what it should be; what is wrong
     with the log is never an exception.
     """
     run_dir = Path(run_dir)
@@ -179,7 +181,7 @@ def verify(
         trouble = f"{error.filename or run_dir}: {error.strerror}"
     marks = _kept(run_dir, names, anchors, trusted)
     marks[lead] += _expected(expect_head)
-    audits = [_Audit(run_dir, name, marks[name], trusted) for name in names]
+    audits = [_Audit(run_dir, name, marks[name], trusted, without_payloads=without_payloads) for name in names]
     others = {audit.stream: audit for audit in audits[1:]}
     audits[0].leads = True
     if trouble is not None:
@@ -501,7 +503,7 @@ def _commit(lead: _Audit, others: dict[str, _Audit], entry: Entry, place: str) -
             lead.find(PROTOCOL, f"{place}: record {entry.seq}: what it says of stream {name} is no head")
         elif name in others or read.segments(lead.run_dir, name):
             if name not in others:  # it was begun after the streams were listed
-                others[name] = _Audit(lead.run_dir, name, [], lead.trusted)
+                others[name] = _Audit(lead.run_dir, name, [], lead.trusted, without_payloads=lead.without_payloads)
             others[name].committed(head, f"record {entry.seq} of stream {lead.stream}")
         elif name not in lead.gone:
             lead.gone.add(name)
@@ -562,10 +564,19 @@ def _hint(lead: _Audit) -> list[str]:
 class _Audit:
     """The verification of one stream, under way."""
 
-    def __init__(self, run_dir: Path, stream: str, marks: list[_Mark], trusted: Sequence[keyring.VerifierKey]) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        stream: str,
+        marks: list[_Mark],
+        trusted: Sequence[keyring.VerifierKey],
+        *,
+        without_payloads: bool,
+    ) -> None:
         self.run_dir = run_dir
         self.stream = stream
         self.trusted = trusted
+        self.without_payloads = without_payloads
         self.leads = False
         """Whether it is the one that speaks for the others, and has to be signed."""
         self.marks = marks
@@ -590,6 +601,7 @@ class _Audit:
         self.chain = Chain(stream, twins(run_dir, stream))
         self.grammar = Grammar()
         self.book = Book()
+        self.payloads = blobs.Check(self._folder, left_out=without_payloads)
         self.policies: set[str] = set()
         self.clock: Entry | None = None
         self._key = ""
@@ -631,6 +643,10 @@ class _Audit:
                 pass
         if self.worst == UNREADABLE:
             return
+        for code, text in self.payloads.finish():
+            self.find(code, text)
+        for text in self.payloads.notes():
+            self.note(text)
         if self.grammar.calls:
             self.note(f"{len(self.grammar.calls)} allowed tool calls of {self.stream} have no end yet")
         if self.segments and self.chain.records == 0:
@@ -814,6 +830,8 @@ class _Audit:
         self._clock(entry, place)
         self._policy(entry, place)
         self._recovered(entry, place)
+        for code, text in self.payloads.feed(entry, place):
+            self.find(code, text)
         if not self.broken:
             self._allowed(entry, place)
 

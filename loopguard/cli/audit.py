@@ -1,4 +1,4 @@
-"""`audit`: read, explain, verify and prove the record of a run. Nothing here writes to a log; `prune` does."""
+"""`audit`: read, explain, verify and prove the record of a run. Nothing here writes to a log; `prune`, `erase` do."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loopguard.cli.erase import erase
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from loopguard.audit.blobs import Reader
     from loopguard.audit.events import Entry
     from loopguard.audit.query import CycleTold, Freeze
     from loopguard.audit.stats import Stats
@@ -35,6 +38,12 @@ ExpectHead = Annotated[
     str | None, typer.Option("--expect-head", metavar="HASH", help="A head noted earlier, SEQ:HASH or HASH.")
 ]
 
+WithoutPayloads = Annotated[
+    bool, typer.Option("--without-payloads", help="The payloads of calls did not come along; do not miss them.")
+]
+
+_HEAD_CHARS = 200
+"""Of a payload, in the line of a record."""
 _MOST = 8
 """Kinds of one thing in a line of `stats`; --json has all of them."""
 
@@ -43,6 +52,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command()(erase)
 
 
 @app.command()
@@ -51,15 +61,18 @@ def show(run_dir: RunDir, as_json: AsJson = False, type_: OfType = None, cycle: 
 
     loopguard audit show runs/toolformer --type freeze --cycle 3
 
+    Of a payload that lies apart its beginning is shown, or that it was erased.
+
     Exit codes: 0 printed, 2 no log there or no such type, 6 a record was altered.
     """
     _say_pruned(run_dir)
-    from loopguard.audit import read
+    from loopguard.audit import blobs, read
 
     types = _types(type_)
+    payloads = blobs.Reader(run_dir)
     for entry in read.entries(run_dir, types=types):
         if cycle is None or entry.cycle == cycle:
-            _print_record(entry, as_json=as_json)
+            _print_record(entry, as_json=as_json, payloads=payloads)
 
 
 @app.command()
@@ -75,13 +88,14 @@ def tail(
 
     Exit codes: 0 printed, 2 no log there, 6 a record was altered, 130 interrupted while it followed.
     """
+    from loopguard.audit import blobs
     from loopguard.audit.tail import Tail
 
-    watched = Tail(run_dir)
+    watched, payloads = Tail(run_dir), blobs.Reader(run_dir)
     for entry in watched.newest(count):
-        _print_record(entry, as_json=as_json)
+        _print_record(entry, as_json=as_json, payloads=payloads)
     for entry in watched.follow() if follow else ():
-        _print_record(entry, as_json=as_json)
+        _print_record(entry, as_json=as_json, payloads=payloads)
 
 
 @app.command()
@@ -140,7 +154,7 @@ def cycle(
     Exit codes: 0 printed, 2 no log there or no such cycle, 6 a record was altered.
     """
     _say_pruned(run_dir)
-    from loopguard.audit import query
+    from loopguard.audit import blobs, query
     from loopguard.errors import UsageError
 
     told = query.cycles(run_dir)
@@ -154,6 +168,8 @@ def cycle(
         _table(_CYCLE_COLUMNS, [_cycle_row(one) for one in picked])
     else:
         print("\n\n".join("\n".join(_cycle_lines(one)) for one in picked))
+        if (kept := blobs.choose(run_dir, cycle=number)).count:
+            print(f"payloads  {kept.count:,} lie apart or did, {len(kept.erased):,} were erased")
 
 
 @app.command()
@@ -203,6 +219,7 @@ def verify(
     expect_head: ExpectHead = None,
     key: Keys = None,
     anchors: Anchors = None,
+    without_payloads: WithoutPayloads = False,
     as_json: AsJson = False,
 ) -> None:
     """Check that nobody changed the log of a run, in any stream, and that nothing happened that was not allowed.
@@ -218,7 +235,13 @@ def verify(
     """
     from loopguard.audit.verify import verify as check
 
-    result = check(run_dir, expect_head=expect_head, keys=key or (), anchors=anchors or ())
+    result = check(
+        run_dir,
+        expect_head=expect_head,
+        keys=key or (),
+        anchors=anchors or (),
+        without_payloads=without_payloads,
+    )
     print(json.dumps(_verification_facts(result), sort_keys=True) if as_json else _verification_text(run_dir, result))
     raise typer.Exit(result.code)
 
@@ -303,7 +326,13 @@ def export(
 
 
 @app.command()
-def report(run_dir: RunDir, expect_head: ExpectHead = None, key: Keys = None, anchors: Anchors = None) -> None:
+def report(
+    run_dir: RunDir,
+    expect_head: ExpectHead = None,
+    key: Keys = None,
+    anchors: Anchors = None,
+    without_payloads: WithoutPayloads = False,
+) -> None:
     """Write report.html into the run directory: the check, curves, cycles, and a card for each freeze, in one file.
 
     loopguard audit report runs/toolformer --key gpu7.vkey --anchors /mnt/other/anchors.jsonl
@@ -315,7 +344,8 @@ def report(run_dir: RunDir, expect_head: ExpectHead = None, key: Keys = None, an
     _say_pruned(run_dir)
     from loopguard.audit.report import write_report
 
-    print(write_report(run_dir, keys=key or (), anchors=anchors or (), expect_head=expect_head))
+    trusts: dict[str, Any] = {"keys": key or (), "anchors": anchors or (), "expect_head": expect_head}
+    print(write_report(run_dir, **trusts, without_payloads=without_payloads))
 
 
 @app.command()
@@ -325,20 +355,34 @@ def bundle(
     expect_head: ExpectHead = None,
     key: Keys = None,
     anchors: Anchors = None,
+    without_payloads: Annotated[
+        bool, typer.Option("--without-payloads", help="Leave out what tool calls were given and gave back.")
+    ] = False,
 ) -> None:
     """Pack what an auditor needs who has nothing of ours: log, guard policies, keys, anchors, report, a verifier.
 
     loopguard audit bundle runs/toolformer --out calc.tar.gz --key gpu7.vkey --anchors /mnt/other/anchors.jsonl
 
-    A README in it says how to check it. Quarantined records, snapshots and capsules stay where they are.
+    A README in it says how to check it. Payloads of calls that the log keeps apart are in it. Quarantined records,
+    snapshots and capsules stay where they are.
 
     Exit codes: 0 packed, also where the log does not verify: the check is printed; 2 no log there, or no such place.
     """
     _say_pruned(run_dir)
     from loopguard.audit.bundle import bundle as pack
 
-    packed = pack(run_dir, out=out, keys=key or (), anchors=anchors or (), expect_head=expect_head)
+    packed = pack(
+        run_dir,
+        out=out,
+        keys=key or (),
+        anchors=anchors or (),
+        expect_head=expect_head,
+        without_payloads=without_payloads,
+    )
     found = packed.verification
+    if packed.payloads:
+        left_out = "--without-payloads leaves them out, and what is erased later stays in it"
+        print(f"the bundle holds {packed.payloads:,} payloads of calls as they are: {left_out}", file=sys.stderr)
     if packed.living:
         print(f"{run_dir} is being written: the bundle holds it up to now", file=sys.stderr)
     print(f"{out}: {len(packed.names):,} files; {found.status} ({found.code}): {found.summary}")
@@ -374,17 +418,25 @@ def _types(wanted: str | None) -> list[str] | None:
     return types
 
 
-def _print_record(entry: Entry, *, as_json: bool) -> None:
+def _print_record(entry: Entry, *, as_json: bool, payloads: Reader) -> None:
     """One record on a line of its own, at once: somebody may be watching."""
     from loopguard.audit.events import canonical, fields_of
 
-    print(canonical(fields_of(entry)) if as_json else _line(entry), flush=True)
+    print(canonical(fields_of(entry)) if as_json else _line(entry, payloads), flush=True)
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: Entry, payloads: Reader | None = None) -> str:
+    from loopguard.audit import blobs
     from loopguard.audit.events import printable
 
-    body = " ".join(f"{key}={_value(value)}" for key, value in entry.body.items())
+    told = {key: _value(value) for key, value in entry.body.items()}
+    if payloads is not None:
+        # With the commitment in full: it is what `audit erase` takes.
+        told |= {
+            one.member: f"{one.commitment} {payloads.text(one.commitment, most=_HEAD_CHARS)}"
+            for one in blobs.named(entry)
+        }
+    body = " ".join(f"{key}={text}" for key, text in told.items())
     cycle = "-" if entry.cycle is None else str(entry.cycle)
     return printable(f"{entry.seq:>6}  {entry.ts[:19]}Z  cycle {cycle:<3} {entry.type:<18} {body}")
 

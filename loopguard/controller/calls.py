@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
+from loopguard.audit.redact import WINDOW_CHARS
 from loopguard.errors import SandboxBusyError, SandboxError, SandboxUnavailableError, UsageError
 from loopguard.gates.tools import REFUSAL, Rollout
 from loopguard.types import Decision, Outcome, ToolCall
@@ -82,8 +83,9 @@ class Calls:
         if episode is not None:
             for decision in decisions:
                 episode.admit(decision)
-        for call, decision in zip(calls, decisions, strict=True):
-            self._record_decision(call, decision, cycle=cycle)
+        kept = self._keep_given(calls)
+        for call, decision, apart in zip(calls, decisions, kept, strict=True):
+            self._record_decision(call, decision, apart, cycle=cycle)
         # Record first: a call nobody recorded must not have happened.
         guard._log.sync()
         if self._trips(cycle=cycle, roll_back=roll_back):
@@ -188,7 +190,7 @@ class Calls:
             "call": call.id,
             "status": outcome.status,
             "exit_code": outcome.exit_code,
-            "stdout_sha256": hashlib.sha256(outcome.stdout).hexdigest(),
+            **self._output(outcome),
             "stdout_bytes": outcome.stdout_bytes,
             "stderr_bytes": outcome.stderr_bytes,
             "wall_ms": round(outcome.wall_ms, 2),
@@ -207,23 +209,38 @@ class Calls:
             )
         return _refused(call)
 
-    def _record_decision(self, call: ToolCall, decision: Decision, *, cycle: int | None) -> None:
-        code = call.code.encode("utf-8", errors="surrogatepass")
-        body: dict[str, Any] = {
-            "call": call.id,
-            "tool": call.tool,
-            "code_sha256": hashlib.sha256(code).hexdigest(),
-            "code_head": call.code[:200].encode("utf-8", errors="backslashreplace").decode(),
-            "result": decision.result,
-            "rule": decision.rule,
-            "reason": decision.reason,
-        }
+    def _keep_given(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        """What records hold of code and input that lie apart, for each call; nothing where none are kept.
+
+        Such a record has no plain digest beside it, from which a short text could be found by trying.
+        """
+        if self._guard.policy.audit.payloads.code != "keep":
+            return [{} for _ in calls]
+        given = [[("code", _bytes(call.code)), *([("stdin", call.stdin)] if call.stdin else [])] for call in calls]
+        apart = iter(self._guard._log.keep([data for parts in given for _, data in parts]))
+        return [{name: next(apart) for name, _ in parts} for parts in given]
+
+    def _output(self, outcome: Outcome) -> dict[str, Any]:
+        """What a record holds of the output: its digest, or what stands for it where it lies apart."""
+        if self._guard.policy.audit.payloads.printed != "keep":
+            return {"stdout_sha256": hashlib.sha256(outcome.stdout).hexdigest()}
+        streams = {name: data for name, data in (("stdout", outcome.stdout), ("stderr", outcome.stderr)) if data}
+        return dict(zip(streams, self._guard._log.keep(list(streams.values())), strict=True))
+
+    def _record_decision(self, call: ToolCall, decision: Decision, apart: dict[str, Any], *, cycle: int | None) -> None:
+        body: dict[str, Any] = {"call": call.id, "tool": call.tool, **apart}
+        if "code" not in apart:
+            body["code_sha256"] = hashlib.sha256(_bytes(call.code)).hexdigest()
+            if self._guard.policy.audit.payloads.code == "head":
+                # More than the head: the log looks for secrets before it cuts.
+                head = call.code[:WINDOW_CHARS].encode("utf-8", errors="backslashreplace").decode()
+                body["code_head"] = head
+        body |= {"result": decision.result, "rule": decision.rule, "reason": decision.reason}
         if call.language:
             body["language"] = call.language
         if call.program:
-            program = call.program.encode("utf-8", errors="surrogatepass")
-            body["program_sha256"] = hashlib.sha256(program).hexdigest()
-        if call.stdin:
+            body["program_sha256"] = hashlib.sha256(_bytes(call.program)).hexdigest()
+        if call.stdin and "stdin" not in apart:
             body |= {"stdin_sha256": hashlib.sha256(call.stdin).hexdigest(), "stdin_bytes": len(call.stdin)}
         if call.files:
             body["files"] = _digests(call.files)
@@ -319,6 +336,11 @@ class NoCell:
 
     def close(self) -> None:
         """There is nothing to take down."""
+
+
+def _bytes(text: str) -> bytes:
+    """As it goes to the cell, whatever a model put into it."""
+    return text.encode("utf-8", errors="surrogatepass")
 
 
 def _digests(files: Any) -> list[dict[str, Any]]:

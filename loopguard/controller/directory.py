@@ -13,6 +13,7 @@ from loopguard import __version__
 from loopguard.approvals import book
 from loopguard.audit.anchors import Anchor, refuse_inside
 from loopguard.audit.keys import log_key
+from loopguard.audit.redact import words
 from loopguard.consent.sshsig import stamp
 from loopguard.errors import PolicyMismatchError, UsageError
 from loopguard.notify import Command, Notifier, Webhook, command, key_from
@@ -191,7 +192,7 @@ def lay_out(
     if not kept.exists():
         replace_durably(kept, loaded.text.encode())
     if not (run_dir / "run.json").exists():
-        body: dict[str, Any] = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": list(command)}
+        body: dict[str, Any] = {"id": run_id, "policy": loaded.digest, "seed": seed, "command": words(command)}
         body |= {"versions": versions()} | ({"mode": mode} if mode else {}) | _second_latch(loaded.policy, run_id)
         replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
 

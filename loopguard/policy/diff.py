@@ -133,6 +133,9 @@ _ORDER: dict[str, Order | Steps] = {
     "audit.compress": "neutral",
     # Evidence that stays longer is tighter.
     "audit.retain_days": "larger",
+    # More that is kept is more evidence, and more that can leak: a person has to weigh it.
+    "audit.payloads.code": "any",
+    "audit.payloads.printed": "any",
     # Fewer places are fewer people who hear of a freeze, more are more places that something is sent to, and a program
     # runs on the host: a person has to weigh each of these, so any change counts as loosened.
     "notify.webhooks": "any",

@@ -101,7 +101,8 @@ _LATER: dict[tuple[str, ...], dict[str, Any]] = {
     ("tools", "rules", "*"): {"on_freeze": None},
     ("freeze",): {"signal": "USR2", "waive_at_most": 5, "probation": None, "halt_above": None, "second_latch": None},
     (): {"resume": None, "notify": None, "hold": {"at_most_s": 86400.0, "free_mib": None}},
-    ("audit",): {"checkpoint_every": 1000, "anchors": [], "segment_mib": 64, "compress": True, "retain_days": 365},
+    ("audit",): {"checkpoint_every": 1000, "anchors": [], "segment_mib": 64, "compress": True, "retain_days": 365}
+    | {"payloads": {"code": "head", "printed": "digest"}},
 }
 
 

@@ -719,6 +719,13 @@ class PrintAnchor(Section):
 AnchorPlace = Annotated[FileAnchor | GitAnchor | PrintAnchor, Field(discriminator="kind")]
 
 
+class Payloads(Section):
+    """What the log keeps of what a tool call is given, and of what it gives back."""
+
+    code: Literal["head", "digest", "keep"] = "head"
+    printed: Literal["digest", "keep"] = "digest"
+
+
 class Audit(Section):
     """The audit log."""
 
@@ -728,6 +735,7 @@ class Audit(Section):
     segment_mib: Annotated[int, size("MiB", "1MiB", "256MiB")] = Field(default=64, alias="segment")
     compress: bool = True
     retain_days: Annotated[int, Field(ge=1, le=36_500)] = 365
+    payloads: Payloads = Payloads()
 
     def problems(self) -> Iterator[Problem]:
         """A place is named once."""

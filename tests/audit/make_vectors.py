@@ -3,7 +3,8 @@
     python tests/audit/make_vectors.py [FOLDER]
 
 `vectors/index.json` lists them: `name` of the folder, `code`, `says`, and what the reader has: `head` (--expect-head),
-`keys` (--key) and `anchors` (--anchors, from the folder of the vector). The run directory is NAME/run.
+`keys` (--key), `anchors` (--anchors, from the folder of the vector) and `without_payloads` (the flag of that name). The
+run directory is NAME/run.
 
 The clock and all keys are fixed, so that the same bytes come out each time. A vector is a function below: it gets a
 folder, and gives what the reader has.
@@ -1482,6 +1483,181 @@ def replaced_at_the_cut_of_another_stream(home):
     pruned(home, rank, 5)
     log.write()
     return {"head": log.head}
+
+
+# -- payloads that lie apart -------------------------------------------------------------------------------------------
+
+
+def apart(log, data, *, member="code", **changes):
+    """A record with a payload that lies apart, and its blob; gives the path of that."""
+    blob = b"loopguard-blob-v1\n" + hashlib.sha256(f"salt {log.seq} {member}".encode()).digest() + data
+    commitment = hashlib.sha256(blob).hexdigest()
+    path = log.folder / "blobs" / commitment[:2] / commitment
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(blob)
+    call = {"call": f"c{log.seq}", member: {"commitment": commitment, "bytes": len(data)} | changes}
+    kind = "tool.decided" if member in {"code", "stdin"} else "tool.finished"
+    log.add(kind, call | ({"result": "deny"} if kind == "tool.decided" else {"status": "ok"}))
+    return path
+
+
+def kept_apart(home, change, **changes):
+    """A log with two payloads, to which something is done; those that it gives are said to be erased."""
+    log = plain(home)
+    first, second = apart(log, b"print('12 Elm Street')", **changes), apart(log, b"", member="stdin")
+    for erased in change(log, first, second) or ():
+        log.add("blob.erased", {"by": "dana", "reason": "an address", "commitments": [erased.name]})
+    log.write()
+    return {"head": log.head}
+
+
+def erased(log, *paths):
+    for path in paths:
+        path.unlink()
+    return paths
+
+
+@vector(0, "payloads lie apart as they were recorded, one of them empty")
+def ok_payloads(home):
+    return kept_apart(home, lambda log, first, second: None)
+
+
+@vector(0, "both streams of a call lie apart")
+def ok_payloads_of_both_streams(home):
+    log = plain(home)
+    call = f"c{log.seq}"
+    log.add("tool.decided", {"call": call, "result": "allow"})
+    paths = [apart(Scratch(log), data, member=name) for name, data in (("stdout", b"4"), ("stderr", b"trouble"))]
+    told = {
+        name: {"commitment": path.name, "bytes": path.stat().st_size - 50}
+        for name, path in zip(("stdout", "stderr"), paths, strict=True)
+    }
+    log.add("tool.finished", {"call": call, "status": "ok", **told})
+    log.write()
+    return {"head": log.head}
+
+
+@vector(0, "a payload was erased, and a record says so")
+def ok_payload_erased(home):
+    return kept_apart(home, lambda log, first, second: erased(log, first))
+
+
+@vector(0, "all payloads were left out, and the reader knows that")
+def ok_payloads_left_out(home):
+    given = kept_apart(home, lambda log, first, second: None)
+    shutil.rmtree(home / "run" / "audit" / "controller" / "blobs")
+    return given | {"without_payloads": True}
+
+
+@vector(0, "a blob that no record names is nobody's: a call was about to be recorded")
+def ok_payload_without_a_record(home):
+    return kept_apart(home, lambda log, first, second: apart(Scratch(log), b"x") and None)
+
+
+@vector(10, "a payload is there, and a record says that it was erased")
+def warn_payload_erased_and_there(home):
+    return kept_apart(home, lambda log, first, second: [first])
+
+
+@vector(10, "a payload is there that was erased, which is seen also where the others were left out")
+def warn_payload_erased_and_there_left_out(home):
+    return kept_apart(home, lambda log, first, second: [first]) | {"without_payloads": True}
+
+
+@vector(30, "a payload was changed")
+def tamper_payload(home):
+    return kept_apart(home, lambda log, first, second: first.write_bytes(first.read_bytes()[:-1] + b"!") and None)
+
+
+@vector(30, "a payload was exchanged for another one of the same log")
+def tamper_payload_exchanged(home):
+    return kept_apart(home, lambda log, first, second: second.write_bytes(first.read_bytes()) and None)
+
+
+@vector(30, "a folder stands in the place of a payload")
+def tamper_payload_folder(home):
+    def change(log, first, second):
+        first.unlink()
+        first.mkdir()
+        (first / "empty").write_text("")
+
+    return kept_apart(home, change)
+
+
+@vector(40, "the size of a payload is another one than its record says")
+def protocol_payload_size(home):
+    return kept_apart(home, lambda log, first, second: None, bytes=3)
+
+
+@vector(40, "what stands for a payload is no commitment, and leads to no file outside")
+def protocol_payload_commitment(home):
+    return kept_apart(home, lambda log, first, second: None, commitment="../../../run.json")
+
+
+@vector(40, "what stands for a payload has a member too many")
+def protocol_payload_members(home):
+    return kept_apart(home, lambda log, first, second: None, text="print(1)")
+
+
+@vector(40, "a blob has its commitment for its SHA-256, and does not begin as blobs do")
+def protocol_payload_beginning(home):
+    log = plain(home)
+    blob = b"loopguard-blob-v2\n" + bytes(32) + b"print(1)"
+    path = log.folder / "blobs" / hashlib.sha256(blob).hexdigest()[:2] / hashlib.sha256(blob).hexdigest()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(blob)
+    log.add("tool.decided", {"call": "c", "result": "deny", "code": {"commitment": path.name, "bytes": 8}})
+    log.write()
+    return {"head": log.head}
+
+
+@vector(40, "payloads were erased without a reason")
+def protocol_payload_erased_without_a_reason(home):
+    log = plain(home)
+    path = apart(log, b"x")
+    path.unlink()
+    log.add("blob.erased", {"by": "dana", "commitments": [path.name]})
+    log.write()
+    return {"head": log.head}
+
+
+@vector(42, "a payload is gone, and no record says that it was erased")
+def missing_payload(home):
+    return kept_apart(home, lambda log, first, second: first.unlink())
+
+
+@vector(42, "all payloads are gone")
+def missing_payloads(home):
+    given = kept_apart(home, lambda log, first, second: None)
+    shutil.rmtree(home / "run" / "audit" / "controller" / "blobs")
+    return given
+
+
+@vector(42, "a payload is gone, and another one was erased")
+def missing_payload_beside_an_erased_one(home):
+    return kept_apart(home, lambda log, first, second: (first.unlink(), erased(log, second))[1])
+
+
+@vector(42, "a payload is gone that only another stream says was erased")
+def missing_payload_erased_in_another_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    path = apart(rank, b"x")
+    path.unlink()
+    log.add("blob.erased", {"by": "dana", "reason": "r", "commitments": [path.name]})
+    log.commit(rank)
+    rank.write()
+    log.write()
+    return {"head": log.head}
+
+
+class Scratch:
+    """A log of which only the folder and the number count: for a blob without its record."""
+
+    def __init__(self, log):
+        self.folder, self.seq = log.folder, log.seq
+
+    def add(self, kind, body):
+        self.seq += 1
 
 
 def make(folder):

@@ -27,6 +27,7 @@ COMMANDS = [
     "cycle",
     "why",
     "stats",
+    "erase",
     "verify",
     "prove",
     "report",

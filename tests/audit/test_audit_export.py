@@ -35,9 +35,8 @@ def hostile(tmp_path):
     with open_log(tmp_path / "run") as log:
         for text in [HOSTILE, *FORMULAS]:
             actor = {"kind": "person", "id": text}
-            log.append(
-                "note.added", {"by": text, "reason": text, "text": text, text: [text, {text: None}]}, actor=actor
-            )
+            body = {"by": text, "reason": text, "freeze": text, "statement": {text: [text, {text: None}]}}
+            log.append("resume.requested", body, actor=actor)
     return tmp_path / "run"
 
 
@@ -179,9 +178,10 @@ class TestOtlp:
 
     def test_every_kind_of_value_keeps_its_kind(self, tmp_path):
         with open_log(tmp_path / "run") as log:
-            log.append("note.added", {"a": None, "b": True, "c": 3, "d": 0.5, "e": "x", "f": [1, "y"], "g": {}})
-        body = self.records(tmp_path / "run", tmp_path)[-1]["body"]["kvlistValue"]["values"]
-        assert {item["key"]: item["value"] for item in body} == {
+            facts = {"a": None, "b": True, "c": 3, "d": 0.5, "e": "x", "f": [1, "y"], "g": {}}
+            log.append("sandbox.created", {"counters": facts})
+        (body,) = self.records(tmp_path / "run", tmp_path)[-1]["body"]["kvlistValue"]["values"]
+        assert {item["key"]: item["value"] for item in body["value"]["kvlistValue"]["values"]} == {
             "a": {},
             "b": {"boolValue": True},
             "c": {"intValue": "3"},

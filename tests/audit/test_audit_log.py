@@ -159,8 +159,8 @@ class TestEnvelope:
             "g": (1, True, None),
         }
         with open_log(run_dir) as log:
-            entry = log.append("note.added", body)
-        assert entry.body == {
+            entry = log.append("sandbox.created", {"counters": body})
+        assert entry.body["counters"] == {
             "a": "NaN",
             "b": "Infinity",
             "c": "-Infinity",
@@ -181,7 +181,11 @@ class TestEnvelope:
             ("freeze.enterd", {}, "record type 'freeze.enterd' is unknown.*Did you mean 'freeze.entered'"),
             ("note.added", {"x": [{"y": object()}]}, r"body\.x\[0\]\.y is a object, which a record cannot hold"),
             ("note.added", {"x": {1: 2}}, r"body\.x has the key 1, which is not a string"),
-            ("note.added", {"x": "y" * 300_000}, "has 300,008 bytes, its line 300,[0-9]+; at most 256 KiB of body fit"),
+            (
+                "note.added",
+                {"text": "y" * 300_000},
+                "has 300,011 bytes, its line 300,[0-9]+; at most 256 KiB of body fit",
+            ),
         ],
     )
     def test_refuses_what_is_no_record(self, run_dir, type_, body, message):

@@ -29,6 +29,19 @@ def test_checkpoints_come_after_a_whole_number_of_records(findings, every):
     assert "audit.checkpoint_every is" in line
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{code: kept}", "audit.payloads.code is 'kept'; expected one of head, digest, keep"),
+        ("{printed: head}", "audit.payloads.printed is 'head'; expected one of digest, keep"),
+        ("{stderr: keep}", "audit.payloads: unknown key 'stderr'"),
+    ],
+)
+def test_what_is_kept_of_a_payload_is_one_of_a_few_words(findings, written, said):
+    (line,) = findings(("promotion:\n", f"audit: {{payloads: {written}}}\npromotion:\n"))
+    assert said in line
+
+
 def test_the_places_reach_the_log_as_they_were_written():
     places = [{"kind": "file", "path": "/a", "required": True}, {"kind": "git", "repository": "~/b"}, {"kind": "print"}]
     told = anchors(small(audit__anchors=places))

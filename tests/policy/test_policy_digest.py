@@ -96,6 +96,7 @@ WRITTEN = {
     "audit__segment": "64MiB",
     "audit__compress": True,
     "audit__retain_days": 365,
+    "audit__payloads": {"code": "head", "printed": "digest"},
 }
 OTHER = [
     {CELL + "privileges": "strict"},
@@ -120,6 +121,9 @@ OTHER = [
     {"audit__segment": "1MiB"},
     {"audit__compress": False},
     {"audit__retain_days": 30},
+    {"audit__payloads": {"code": "keep"}},
+    {"audit__payloads": {"code": "digest"}},
+    {"audit__payloads": {"printed": "keep"}},
     {"resume": RESUME},
     {"resume": RESUME | {"approvals": 2}},
     {"resume": RESUME | {"within": "12h"}},
