@@ -12,6 +12,7 @@ import json
 import os
 import time
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,7 +25,7 @@ from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
-from loopguard.snapshots.files import write_synced
+from loopguard.snapshots.files import make_directory, write_synced
 from loopguard.types import NOTHING, ROLL_BACK, WayOn
 
 if TYPE_CHECKING:
@@ -208,8 +209,21 @@ class FreezeState:
             self._count += 1
             self._freeze, self._reason = f"f{self._count}", reason
             set_latch(self._dir, freeze=self._freeze, reason=reason)
+            if self._follows is None:
+                self._name_latch(self._freeze)
             self._log.epoch += 1
         return self._freeze
+
+    def _name_latch(self, freeze: str) -> None:
+        """Let a latch that was set from outside name the freeze that takes it up.
+
+        Else a start after a kill between a resume and the latch's removal would take it for another freeze.
+        """
+        latch = _read_latch(self._dir)
+        if latch["freeze"] != freeze:
+            there = next(place for place in self._latches if place.exists())
+            with suppress(DiskError):  # it stands all the same, and a full disk must not keep the freeze from going on
+                replace_durably(there, json.dumps(latch | {"freeze": freeze}, sort_keys=True).encode() + b"\n")
 
     def freeze(self, decision: Decision, *, cycle: int | None, facts: Mapping[str, Any]) -> str:
         """Latch and record a freeze; gives its id. `facts` are what else the record should hold.
@@ -351,9 +365,15 @@ class FreezeState:
             approvals.ask(request.id, by=request.by, body=body | {"statement": request.statement})
         else:
             body |= request.way.facts() if request.kind == "resume" else {}
-            self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
+            if not self._recorded(request):
+                self._log.append(f"{request.kind}.requested", body, actor={"kind": "person", "id": request.by})
             approvals.drop()  # a freeze that somebody asks for ends what waits
             yield request
+
+    def _recorded(self, request: Request) -> bool:
+        """Whether a process has recorded a request and died before it could act on it, or set it aside."""
+        told = read.entries(self._dir, CONTROLLER, types=(f"{request.kind}.requested",))
+        return any(entry.body.get("request") == request.id for entry in told)
 
     def take_requests(self) -> str | None:
         """Settle every request where no loop is alive to do it; gives the freeze that a resume among them ended."""
@@ -565,7 +585,7 @@ def submit(
     """
     by, reason = clean(by), clean(reason)
     folder = run_dir / "requests"
-    folder.mkdir(exist_ok=True)
+    make_directory(folder)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
     body: dict[str, Any] = {"kind": kind, "by": by, "reason": reason, "freeze": freeze}
     if way is not None:

@@ -108,6 +108,26 @@ class TestBesideTheTraining:
             assert next(iter(again.cycles(3))).number == 2
         assert verify(lab.run_dir).code == 20
 
+    def test_killed_there_twice_a_run_goes_on_from_the_promotion_before(self, lab, monkeypatch):
+        """The log tells of two promotions behind the one that the pointer names, and accuses nobody of an edit."""
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 1)
+        kept = (lab.run_dir / "snapshots" / "promoted.json").read_bytes()
+        for _ in range(2):
+            with monkeypatch.context() as patched:
+                patched.setattr(Store, "promote", lambda *_: None)  # recorded, and not yet pointed at
+                guard = lab.build(lab.open())
+                cycle = next(iter(guard.cycles(2)))
+                lab.update(cycle)
+                lab.promote(cycle)
+                guard._good.wait()
+                guard._log.close()
+        assert (lab.run_dir / "snapshots" / "promoted.json").read_bytes() == kept
+        with lab.open() as again:
+            assert not again.frozen
+            assert again.promoted_cycle == standing(lab.run_dir).cycle == 1
+
     def test_a_disk_that_does_not_take_it_is_told_at_the_next_gate(self, lab, monkeypatch):
         with pytest.raises(DiskError, match="No space left"), lab.open() as guard:
             lab.build(guard)

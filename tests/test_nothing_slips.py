@@ -104,6 +104,48 @@ class TestTheLatchComesFirst:
         assert "a set changed size" in frozen.body["capsule_trouble"]
 
 
+class TestStartsThatDied:
+    def test_one_that_was_killed_before_run_json_is_begun_again(self, lab, monkeypatch):
+        with monkeypatch.context() as patched:
+            patched.setattr("loopguard.controller.directory.replace_durably", _killed)
+            with pytest.raises(ZeroDivisionError):
+                lab.open()
+        assert [path.name for path in lab.run_dir.iterdir()] == ["policy"]
+        (lab.run_dir / "policy" / f".{'0' * 64}.yaml.partial").write_text("half")
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 1, updates=1)
+
+    @pytest.mark.parametrize("name", ["policy/mine.yaml", "policy.txt", "latch", "policy"])
+    def test_but_a_directory_with_other_things_in_it_stays_refused(self, lab, name):
+        path = lab.run_dir / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        with pytest.raises(UsageError, match="holds something else"):
+            lab.open()
+        assert path.read_text() == "mine"
+
+    def test_a_run_that_is_resumed_after_it_lost_its_pointer_has_settled_its_lease(self, lab):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, 2)
+        guard = lab.build(lab.open())
+        lab.update(next(iter(guard.cycles(3))))
+        guard._log.close()  # a kill under a lease
+        (lab.run_dir / "snapshots" / "promoted.json").unlink()
+        with lab.open() as again:
+            lab.build(again)
+            assert again.frozen
+            again._resume(by="dana", reason="it may begin anew")
+            lab.update(next(iter(again.cycles(1))))
+        kinds = [entry.type for entry in lab.events("update.leased", "update.settled")]
+        assert kinds == [*["update.leased"] * 3, "update.settled", "update.leased"]
+
+
+def _killed(*_):
+    raise ZeroDivisionError
+
+
 class TestCyclesThatAreOver:
     def test_a_freeze_that_was_lifted_between_two_tool_calls_still_ends_its_cycle(self, lab):
         with lab.open() as guard:

@@ -104,6 +104,37 @@ def test_a_resume_that_died_before_it_took_the_latch_away_is_finished(run):
     assert not (run.path / "latch").exists()
 
 
+def test_also_where_the_latch_was_set_from_outside(run):
+    """It names the freeze that took it up; else this start would take it for another one, and lose the resume."""
+    set_latch(run.path, freeze="requested", reason="dana asked for it")
+    state = run.open()
+    latch = (run.path / "latch").read_bytes()
+    state.resume(by="dana", reason="fixed")
+    run.crash()
+    (run.path / "latch").write_bytes(latch)
+    assert not run.open().frozen
+    assert run.types() == ["freeze.entered", "resume.applied"]
+
+
+def test_a_freeze_request_is_recorded_once_and_freezes_although_its_first_reader_died(run):
+    submit(run.path, "freeze", by="dana", reason="looks wrong")
+    next(run.open().requests())  # recorded, and then the process dies
+    run.crash()
+    state = run.open()
+    state.take_requests()
+    assert state.frozen
+    assert [entry.type for entry in read.entries(run.path)].count("freeze.requested") == 1
+
+
+def test_so_is_a_note(run):
+    submit(run.path, "note", by="dana", reason="shard 17 was replaced")
+    next(run.open().requests())
+    run.crash()
+    run.open().take_requests()
+    assert [entry.type for entry in read.entries(run.path)].count("note.requested") == 1
+    assert not list((run.path / "requests").glob("*.json"))
+
+
 def test_each_freeze_has_a_number_of_its_own_and_a_higher_epoch(run):
     state = run.open()
     first = run.log.epoch

@@ -9,6 +9,7 @@ it as well.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -78,7 +79,18 @@ def _to_file(place: str, line: str) -> str:
         os.fsync(fd)
     finally:
         os.close(fd)
+    with contextlib.suppress(PermissionError):  # a folder that we may only write to is a good place for an anchor
+        _sync_folder(path.parent)
     return str(path)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the name of a new file on disk as well: what `anchor.kept` says has to be true after a power cut."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _to_git(place: str, line: str) -> str:

@@ -435,7 +435,7 @@ class Permissions:
         if kind in ABOUT_APPROVALS:
             self.void = self.void or (self.latest != "" and seconds(ts, self.latest) > 1)
             self.latest = max(self.latest, ts)
-        if self.frozen is not None and self.rule:
+        if self.frozen is not None:  # also under no rule: the one that people sign by may be adopted while frozen
             self.hashes[record["seq"]] = record["hash"]
 
     def _updated(self, kind: str, first: Any, last: Any) -> Iterator[tuple[int, str]]:

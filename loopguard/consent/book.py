@@ -136,7 +136,7 @@ class Book:
         if entry.type in _TAKEN:
             self._take(entry)
             self._tick(entry.ts)
-        if self.freeze is not None and self.rule is not None:
+        if self.freeze is not None:  # also under no rule: the one that people sign by may be adopted while frozen
             self._hashes[entry.seq] = entry.hash
 
     def _take(self, entry: Entry) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from loopguard.notify import Command, Notifier, Webhook, command, key_from
 from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import replace_durably, writing
+from loopguard.snapshots.files import make_directory
 from loopguard.state import run_facts
 
 if TYPE_CHECKING:
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from loopguard.audit.events import Entry
     from loopguard.notify import Endpoint
     from loopguard.policy.schema import GuardPolicy
+
+
+_POLICY_FILE = re.compile(r"[0-9a-f]{64}\.yaml|\.[0-9a-f]{64}\.yaml\.partial")
 
 
 class Trail:
@@ -76,13 +81,18 @@ class Trail:
                 self.credible = set(self._chain[-2:])
             case "promotion.settled":
                 self.unsettled = None
+                self._go_back_to(body["snapshot"])  # a promotion that is undone comes between no other two
             case "promotion.rolled_back":
                 self.unsettled, self.rolled_back = None, body["to"]
-                if body["to"] in self._chain:
-                    del self._chain[self._chain.index(body["to"]) + 1 :]
+                self._go_back_to(body["to"])
                 self.credible = {body["from"], body["to"]}
             case _:
                 return
+
+    def _go_back_to(self, snapshot: str | None) -> None:
+        if snapshot in self._chain:
+            del self._chain[self._chain.index(snapshot) + 1 :]
+            self.credible = {snapshot}
 
 
 def check(
@@ -94,7 +104,7 @@ def check(
     check_second_latch(run_dir, loaded.policy)
     log_key(run_dir)
     if not (run_dir / "run.json").exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if holds_else(run_dir):
             raise UsageError(f"{run_dir} holds something else than a run: name a new directory with --run-dir")
         return None
     facts = run_facts(run_dir)
@@ -179,6 +189,20 @@ def _told(policy: GuardPolicy) -> list[dict[str, Any]]:
     return [one.facts() for one in told]
 
 
+def holds_else(run_dir: Path) -> bool:
+    """Whether a directory without `run.json` holds more than a start leaves that was killed before it wrote that."""
+    if not run_dir.exists():
+        return False
+    if not run_dir.is_dir():
+        return True
+    inside = {path.name: path for path in run_dir.iterdir()}
+    inside.pop(".run.json.partial", None)
+    policies = inside.pop("policy", None)
+    if inside or policies is None:
+        return bool(inside)
+    return not policies.is_dir() or any(_POLICY_FILE.fullmatch(path.name) is None for path in policies.iterdir())
+
+
 def lay_out(
     run_dir: Path, loaded: LoadedPolicy, *, run_id: str, seed: int, command: Sequence[str], mode: str | None = None
 ) -> None:
@@ -187,7 +211,7 @@ def lay_out(
     `mode` is "observe" for a run that is watched and not guarded.
     """
     with writing(run_dir):
-        (run_dir / "policy").mkdir(parents=True, exist_ok=True)
+        make_directory(run_dir / "policy")  # the run's own name too: a log that is on disk and has no way to it is none
     kept = run_dir / "policy" / f"{loaded.digest}.yaml"
     if not kept.exists():
         replace_durably(kept, loaded.text.encode())

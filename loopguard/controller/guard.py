@@ -961,6 +961,7 @@ class LoopGuard:
             self._state.freeze(
                 Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
             )
+            self._settle_updates(trail, pointer)  # whoever resumes this may do so while this process lives
             return
         if leads and trail.rolled_back is not None and trail.rolled_back != pointer:
             # A person went back, and the process died before the pointer moved.
@@ -969,13 +970,18 @@ class LoopGuard:
             self._ledger.last = self._good.promoted.update if self._good.promoted else 0
             self.found.append(f"the run goes back to {self._where()}, as somebody asked for")
         if trail.unsettled is not None and trail.unsettled != self.promoted_cycle:
-            # Decided, perhaps applied, and not on disk: the pointer is what counts.
+            # Decided, perhaps applied, and not on disk: the pointer is what counts. Its updates are numbered again, and
+            # once this is recorded no later start knows of that.
+            self._log.epoch += 1
             self._log.append("promotion.settled", {"snapshot": pointer, "applied": False}, cycle=trail.unsettled)
-            if leads:
-                self._state.remember(cycle=self.promoted_cycle, undone=True)
             self.found.append(f"the promotion of cycle {trail.unsettled} was cut short and is undone")
-            if trail.open_cycle is None:
-                self._log.epoch += 1
+        self._settle_updates(trail, pointer)
+        if leads:
+            # Whatever was killed before it could say so: `status` tells of the promotion that acts.
+            self._state.remember(cycle=self.promoted_cycle, undone=True)
+
+    def _settle_updates(self, trail: directories.Trail, pointer: str | None) -> None:
+        """End the lease and the cycle that an earlier process left open."""
         if trail.open_cycle is not None:
             # Update numbers start again from the boundary; the epoch tells the old ones from the new.
             self._log.epoch += 1

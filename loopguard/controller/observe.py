@@ -588,7 +588,7 @@ def _watched(watch: Watch) -> tuple[list[str], int]:
 def _known(run_dir: Path) -> dict[str, Any] | None:
     """What `run.json` says of an observed run; None where the directory is new. UsageError for any other."""
     if not (run_dir / "run.json").exists():
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if directories.holds_else(run_dir):
             raise UsageError(f"{run_dir} holds something else than a run: name a new directory")
         return None
     facts = run_facts(run_dir)

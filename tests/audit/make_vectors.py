@@ -774,12 +774,19 @@ RULE = {
 class Frozen(Log):
     """A run whose guard policy asks two people, frozen."""
 
-    def __init__(self, home, **rule):
+    def __init__(self, home, *, adopted=False, **rule):
+        """Where it is `adopted`, the rule came while the run was frozen."""
         super().__init__(home)
         self.rule = RULE | rule
-        self.add("policy.loaded", {"name": "two", "digest": POLICY, "resume": self.rule})
+        asks = {"name": "two", "digest": POLICY, "resume": self.rule}
+        self.add("policy.loaded", {"name": "none", "digest": LOOSER} if adopted else asks)
         self.add("note.added", {})
         self.entered = self.add("freeze.entered", {"freeze": "f1"})
+        if adopted:
+            self.add(
+                "policy.adopted", {"from": LOOSER, "to": POLICY, "change": "tightened", "by": "sam", "reason": "x"}
+            )
+            self.add("policy.loaded", asks)
         self.notes(1)
 
     def ask(self, *, by="sam", request="r1", **changes):
@@ -838,6 +845,14 @@ def ok_approved(home):
 @vector(0, "a key with options counts in its time")
 def ok_approved_with_options(home):
     return approved(home, DANA_TOO, ELI)
+
+
+@vector(0, "the run froze under a policy that asks nobody, and people approved under one that was adopted then")
+def ok_approved_under_a_rule_adopted_while_frozen(home):
+    log = Frozen(home, adopted=True)
+    statement = log.ask()
+    log.resume(statement, [DANA.approval(statement), ELI.approval(statement)])
+    return log.end()
 
 
 @vector(0, "people agreed to a looser policy, which was then adopted")
