@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TYPES = (
     *("cycle.started", "freeze.entered", "resume.applied", "promotion.applied", "promotion.settled"),
-    *("promotion.rolled_back", "snapshot.written", "probation.began", "probation.ended"),
+    *("promotion.rolled_back", "probation.began"),
 )
 _BY_ITSELF = frozenset({"tool", "data", "update", "promotion"})
 """The gates whose freezes use up the budget. Those of people, of a disk and of a start are nobody's habit."""
@@ -42,6 +42,8 @@ class Aftermath:
         self._frozen: tuple[str, int | None] = ("", None)
         self._waived = (NOTHING, -1)
         self._cycle = 0
+        self._before: tuple[int, tuple[str, WayOn] | None, int, bool] | None = None
+        """What the last promotion changed, and which cycle's that was: it may not have reached the disk."""
         self._freezes: list[int] = []
 
     @classmethod
@@ -63,8 +65,8 @@ class Aftermath:
                 self.resumed(WayOn.read(body))
             case "promotion.applied":
                 self.promoted()
-            case "snapshot.written" if body["promoted"]:
-                self.owed = None
+            case "promotion.settled" if not body["applied"] and entry.cycle is not None:
+                self.unpromoted(entry.cycle)
             case "promotion.rolled_back":
                 self.owed, self.over = None, -1
             case "probation.began":
@@ -86,7 +88,7 @@ class Aftermath:
 
     def froze(self, freeze: str, *, gate: str, cycle: int | None) -> None:
         """A freeze was recorded."""
-        self._frozen = freeze, cycle
+        self._frozen, self._before = (freeze, cycle), None
         self.probation, self.told = 0, False
         if gate in _BY_ITSELF:
             self._freezes.append(self._cycle if cycle is None else cycle)
@@ -105,9 +107,17 @@ class Aftermath:
 
     def promoted(self) -> bool:
         """A cycle was promoted; says whether that ends a probation."""
+        self._before = self._cycle, self.owed, self.probation, self.told
+        self.owed = None  # from here on it is the promoted state that the run goes on from
         self.probation = max(0, self.probation - 1)
         ends, self.told = self.told and not self.probation, self.told and self.probation > 0
         return ends
+
+    def unpromoted(self, cycle: int) -> None:
+        """The promotion of this cycle did not reach the disk: all is as before it."""
+        if self._before is not None and self._before[0] == cycle:
+            _, self.owed, self.probation, self.told = self._before
+            self._before = None
 
     @property
     def cycle(self) -> int:

@@ -958,9 +958,7 @@ class LoopGuard:
                 if pointer is None
                 else f"snapshots/promoted.json names {pointer[:12]}, which is not what the log promoted last"
             )
-            self._state.freeze(
-                Decision(result="freeze", gate="audit", rule="snapshot", reason=reason), cycle=None, facts={}
-            )
+            self._come_up_frozen(Decision(result="freeze", gate="audit", rule="snapshot", reason=reason))
             self._settle_updates(trail, pointer)  # whoever resumes this may do so while this process lives
             return
         if leads and trail.rolled_back is not None and trail.rolled_back != pointer:
@@ -974,6 +972,7 @@ class LoopGuard:
             # once this is recorded no later start knows of that.
             self._log.epoch += 1
             self._log.append("promotion.settled", {"snapshot": pointer, "applied": False}, cycle=trail.unsettled)
+            self._after.unpromoted(trail.unsettled)
             self.found.append(f"the promotion of cycle {trail.unsettled} was cut short and is undone")
         self._settle_updates(trail, pointer)
         if leads:
@@ -1001,8 +1000,13 @@ class LoopGuard:
     def _refuse_overdue(self) -> None:
         """People approved that the run goes on now; what they knew may be long over."""
         if (late := self._state.overdue()) and not self._state.frozen:
-            decision = Decision(result="freeze", gate="operator", rule="overdue", reason=late)
-            self._state.freeze(decision, cycle=None, facts={})
+            self._come_up_frozen(Decision(result="freeze", gate="operator", rule="overdue", reason=late))
+
+    def _come_up_frozen(self, decision: Decision) -> None:
+        """Nothing has been trained, so there is nothing to keep or to undo."""
+        freeze = self._state.freeze(decision, cycle=None, facts={})
+        self._after.froze(freeze, gate=decision.gate, cycle=None)
+        self._state.probation = 0
 
     def _where(self) -> str:
         cycle = self.promoted_cycle

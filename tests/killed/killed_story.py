@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import time
 from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ from loopguard.controller import LoopGuard
 from loopguard.controller import guard as guards
 from loopguard.controller.rollback import roll_back
 from loopguard.policy.load import load
-from loopguard.state import FreezeState, set_latch, standing, submit, waiting
+from loopguard.state import FreezeState, entered, set_latch, standing, submit, waiting
 from loopguard.types import Provenance, Record
+from loopguard.ways import way_on
 
 FIRST = """
 apiVersion: loopguard/v1
@@ -99,7 +101,8 @@ class Life:
         small = partial(AuditLog.open.__func__, AuditLog)
         AuditLog.open = lambda *given, **named: small(*given, **named | {"segment_bytes": SEGMENT_BYTES})
         self._tell_of_latches()
-        guards.time = SimpleNamespace(sleep=lambda _: self.person())  # who waits for people meets them
+        # Who waits for people meets them.
+        guards.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: self.person())
 
     def _tell_of_latches(self):
         """From the moment that a freeze has set its latch, whatever comes of its record."""
@@ -229,8 +232,13 @@ class Life:
             self._approve(pending)
         elif not waiting(self.run_dir, "resume"):
             asks = {"by": "sam", "reason": "it is mended"}
-            statement = ask(self.run_dir, now=datetime.now(UTC), **asks)
+            statement = ask(self.run_dir, now=datetime.now(UTC), way=self._way(), **asks)
             self.submit("resume", freeze=stands.freeze, statement=statement, **asks)
+
+    def _way(self):
+        """The jump was no fault, as people find: they go on from there. All else is rolled back."""
+        body = entered(self.run_dir).body
+        return way_on(self.run_dir, body, disposition="accept" if body["rule"] == "jump:loss" else "rollback")
 
     def _approve(self, pending):
         if waiting(self.run_dir, "approval"):
