@@ -183,7 +183,7 @@ import json, resource, sys, time
 from pathlib import Path
 from loopguard.audit import standalone
 start = time.perf_counter()
-code = standalone.verify(Path(sys.argv[1]), keys=[])["code"]
+code = standalone.verify(Path(sys.argv[1]), keys={{}})["code"]
 print(json.dumps([code, time.perf_counter() - start, peak_mib()]))
 """
 

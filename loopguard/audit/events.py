@@ -13,6 +13,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,9 @@ GENESIS = "0" * 64
 """`prev` of the first record."""
 
 MAX_BODY_KIB = 256
+MAX_DEPTH = 64
+"""So many objects and lists lie within one another at most, the record itself counted: readers have to bear that."""
+
 MAX_LINE_BYTES = 512 * 1024
 """No line of ours is longer; a reader that meets a longer one stops instead of filling memory."""
 
@@ -96,6 +100,7 @@ that a required place failed."""
 _HASH_PREFIX = b"loopguard-record-v1\n"
 _HASH_MEMBER = b',"hash":"'
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 _SAFE_INT = 2**53
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -184,9 +189,19 @@ def _entry(value: Any) -> Entry:
         raise BadLineError(f"does not have the fields of a record ({_field_trouble(value)})")
     if not _well_typed(value):
         raise BadLineError("has a field of the wrong type")
+    if not is_time(value["ts"]):
+        raise BadLineError(f"has a `ts` that is no time ({printable(value['ts'][:40])})")
     del value["v"]
     value["cause"], value["redacted"] = tuple(value["cause"]), tuple(value["redacted"])
     return Entry(**value)
+
+
+def is_time(text: str) -> bool:
+    """Whether this is a time as records have it: RFC 3339 in UTC with six decimals, and one that there is."""
+    try:
+        return _TIME.fullmatch(text) is not None and datetime.fromisoformat(text) is not None
+    except ValueError:
+        return False
 
 
 class UnknownFormatError(BadLineError):
@@ -229,9 +244,21 @@ def plain(value: Any, *, place: str = "body") -> Any:
     surrogates U+FFFD. Anything that is not a JSON value is an AuditError naming its place.
     """
     try:
-        return _copied(value)
-    except _OddError:
-        return _plain(value, place)
+        try:
+            return _copied(value)
+        except _OddError:
+            return _plain(value, place)
+    except RecursionError:
+        raise AuditError(f"{place} is nested without end; a record holds {MAX_DEPTH} levels") from None
+
+
+def depth(value: Any) -> int:
+    """How many objects and lists of a JSON value lie within one another."""
+    levels, layer = 0, [value]
+    while layer := [item for item in layer if isinstance(item, (dict, list))]:
+        layer = [part for item in layer for part in (item.values() if isinstance(item, dict) else item)]
+        levels += 1
+    return levels
 
 
 class _OddError(Exception):
