@@ -240,7 +240,7 @@ import json, resource, sys, time
 from pathlib import Path
 from loopguard.audit import standalone
 start, cpu = time.perf_counter(), time.process_time()
-code = standalone.verify(Path(sys.argv[1]), keys=[])["code"]
+code = standalone.verify(Path(sys.argv[1]), keys={{}})["code"]
 print(json.dumps([code, time.perf_counter() - start, time.process_time() - cpu, peak_mib()]))
 """
 

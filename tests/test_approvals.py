@@ -606,6 +606,7 @@ class TestRanks:
         frozen.sign(DANA, statement)
         submit(frozen.path, "approval", by="", reason="", signature=ELI.sign(statement.signed_bytes()))
         (request,) = frozen.state.requests()
+        frozen.log.append("run.started")  # a loop, which may go on at once
         frozen.state.resume(by=request.by, reason=request.reason, consent=request.consent)
         follower.resume(by=request.by, reason=request.reason, consent=request.consent)
         (own,) = read.entries(frozen.path, "rank-1", types=["resume.applied"])

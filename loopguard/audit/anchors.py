@@ -165,34 +165,40 @@ class Kept:
     place: str
 
 
-def read(place: Path, *, run_dir: Path) -> list[Kept]:
+def read(place: Path, *, run_dir: Path, told: list[str] | None = None) -> list[Kept]:
     """The checkpoints in a file, a folder of files, or a repository that checkpoints were committed to.
 
-    A file is a note, or holds lines of ours among others. Raises UsageError where nothing is found, since nothing would
-    then be proven in silence, for a damaged checkpoint, and for a place inside the run directory.
+    A file is a note, or holds lines of ours among others. A line that a crash cut is passed over, and `told` gets where
+    that was. Raises UsageError where nothing is found, since nothing would then be proven in silence, for a damaged
+    checkpoint, and for a place inside the run directory.
     """
     if _lies_in(place, run_dir):
         raise UsageError(f"--anchors {place} lies in {run_dir}: what lies beside the log proves nothing about it")
+    cut: list[str] = []
     try:
-        kept = [Kept(_parsed(text, where), where) for text, where in _texts(place)]
+        kept = [Kept(_parsed(text, where), where) for text, where in _texts(place, cut)]
     except OSError as error:
         raise UsageError(f"--anchors {place} cannot be read: {error.strerror or error}") from error
     except notes.BadNoteError as error:
         raise UsageError(f"--anchors {place}: a note in it {error}; take it out, or find it whole") from error
     if not kept:
-        raise UsageError(f"--anchors {place} holds no log checkpoint; name what an anchor of the guard policy wrote")
+        why = f" ({cut[-1]})" if cut else ""
+        ask = "name what an anchor of the guard policy wrote"
+        raise UsageError(f"--anchors {place} holds no log checkpoint{why}; {ask}")
+    if told is not None:
+        told += cut
     return kept
 
 
-def _texts(place: Path) -> Iterator[tuple[str, str]]:
+def _texts(place: Path, told: list[str]) -> Iterator[tuple[str, str]]:
     if not place.is_dir():
-        yield from _in_file(place)
+        yield from _in_file(place, told)
     elif (place / ".git").exists() or (place / "HEAD").is_file():
         for line in _history(place).splitlines():
-            yield from _in_line(line, f"{place} {BRANCH}")
+            yield from _in_line(line, f"{place} {BRANCH}", told)
     else:
         for path in sorted(path for path in place.rglob("*") if path.suffix in {".note", ".jsonl"} and path.is_file()):
-            yield from _in_file(path)
+            yield from _in_file(path, told)
 
 
 def _history(repository: Path) -> str:
@@ -202,25 +208,27 @@ def _history(repository: Path) -> str:
         raise UsageError(f"--anchors {repository} has no branch {BRANCH} that can be read: {error}") from error
 
 
-def _in_file(path: Path) -> Iterator[tuple[str, str]]:
+def _in_file(path: Path, told: list[str]) -> Iterator[tuple[str, str]]:
     if path.suffix == ".note":
         yield notes.read(path), str(path)
         return
     with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
-            yield from _in_line(line, f"{path}:{number}")
+            yield from _in_line(line, f"{path}:{number}", told)
 
 
-def _in_line(line: str, where: str) -> Iterator[tuple[str, str]]:
+def _in_line(line: str, where: str, told: list[str]) -> Iterator[tuple[str, str]]:
     at = line.find(_START)
     if at < 0:
         return
+    if "}" not in line[at:]:
+        # What a crash leaves of a line; the next one stands behind it, also in the middle of a file.
+        told.append(f"{where}: a log checkpoint is cut there, and was passed over")
+        return
     try:
         found, _ = json.JSONDecoder().raw_decode(line[at:])
-    except ValueError as error:
-        raise UsageError(
-            f"{where}: a line with a log checkpoint is cut or damaged; take it out, or find it whole"
-        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: a line with a log checkpoint is damaged; take it out, or find it whole") from error
     if isinstance(found, dict) and isinstance(found.get("checkpoint"), str):
         yield found["checkpoint"], where
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import re
+from datetime import datetime
 from json.encoder import encode_basestring_ascii as _quoted
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,9 @@ GENESIS = "0" * 64
 """`prev` of the first record."""
 
 MAX_BODY_KIB = 256
+MAX_DEPTH = 64
+"""So many objects and lists lie within one another at most, the record itself counted: readers have to bear that."""
+
 MAX_LINE_BYTES = 512 * 1024
 """No line of ours is longer; a reader that meets a longer one stops instead of filling memory."""
 
@@ -109,6 +113,7 @@ _HASH_START = "loopguard-record-v1\n"
 _HASH_PREFIX = _HASH_START.encode("ascii")
 _HASH_MEMBER = b',"hash":"'
 _HEX64 = re.compile(r"[0-9a-f]{64}")
+_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 _SAFE_INT = 2**53
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
@@ -225,6 +230,8 @@ def _entry(value: Any) -> Entry:
     read = _read_off(value)
     if read[-1] != FORMAT or tuple(map(type, read)) not in _SHAPES:
         raise _no_record(value)
+    if not is_time(value["ts"]):
+        raise BadLineError(f"has a `ts` that is no time ({printable(value['ts'][:40])})")
     *fields, cause, redacted, _ = read
     return Entry._make((*fields, tuple(cause), tuple(redacted)))
 
@@ -238,6 +245,14 @@ def _no_record(value: Any) -> BadLineError:
     if value.keys() != _FIELDS:
         return BadLineError(f"does not have the fields of a record ({_field_trouble(value)})")
     return BadLineError("has a field of the wrong type")
+
+
+def is_time(text: str) -> bool:
+    """Whether this is a time as records have it: RFC 3339 in UTC with six decimals, and one that there is."""
+    try:
+        return _TIME.fullmatch(text) is not None and datetime.fromisoformat(text) is not None
+    except ValueError:
+        return False
 
 
 class UnknownFormatError(BadLineError):
@@ -286,9 +301,21 @@ def plain(value: Any, *, place: str = "body") -> Any:
     surrogates U+FFFD. Anything that is not a JSON value is an AuditError naming its place.
     """
     try:
-        return _copied(value)
-    except _OddError:
-        return _plain(value, place)
+        try:
+            return _copied(value)
+        except _OddError:
+            return _plain(value, place)
+    except RecursionError:
+        raise AuditError(f"{place} is nested without end; a record holds {MAX_DEPTH} levels") from None
+
+
+def depth(value: Any) -> int:
+    """How many objects and lists of a JSON value lie within one another."""
+    levels, layer = 0, [value]
+    while layer := [item for item in layer if isinstance(item, (dict, list))]:
+        layer = [part for item in layer for part in (item.values() if isinstance(item, dict) else item)]
+        levels += 1
+    return levels
 
 
 class _OddError(Exception):

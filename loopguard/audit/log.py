@@ -37,11 +37,13 @@ from loopguard.audit.events import (
     GENESIS,
     LOOP,
     MAX_BODY_KIB,
+    MAX_DEPTH,
     MAX_LINE_BYTES,
     Entry,
     Head,
     canonical,
     check_type,
+    depth,
     encode,
     plain,
 )
@@ -980,6 +982,10 @@ def _fields(
 
 
 def _refuse_if_too_large(line: bytes, fields: Mapping[str, Any]) -> None:
+    if line.count(b"{") + line.count(b"[") > MAX_DEPTH and (levels := depth(dict(fields))) > MAX_DEPTH:
+        raise AuditError(
+            f"a {fields['type']} record is nested {levels} levels deep, and readers bear {MAX_DEPTH}; flatten its body"
+        )
     if len(line) <= MAX_BODY_KIB * 1024:
         return  # then the body within it is small enough too
     size = len(canonical(fields["body"]))

@@ -72,11 +72,17 @@ class Note:
         """The checkpoint in a note. Raises BadNoteError."""
         if any(char < " " and char != "\n" for char in note):
             raise BadNoteError("holds control characters")
+        try:
+            size = len(note.encode())
+        except UnicodeEncodeError as error:  # out of JSON, which can spell half a character
+            raise BadNoteError("is no text") from error
+        if size > MAX_NOTE_BYTES or note.count("\n") > _MOST_SIGNATURES + 4:
+            raise BadNoteError("is longer than any checkpoint")
         text, blank, rest = note.rpartition("\n\n")
         text, rest = (f"{text}\n", rest) if blank else (note, "")
         if blank and not rest:
             raise BadNoteError("has an empty line and no signature behind it")
-        return cls(_checkpoint(text), tuple(_signature(line) for line in _lines(rest)[:_MOST_SIGNATURES]))
+        return cls(_checkpoint(text), tuple(_signature(line) for line in _lines(rest)))
 
     def text(self) -> str:
         """The whole note, with its signatures, as it was parsed."""
@@ -86,19 +92,23 @@ class Note:
         return self.checkpoint.text() + (f"\n{''.join(lines)}" if self.signatures else "")
 
     def signer(self, keys: Iterable[VerifierKey]) -> VerifierKey | None:
-        """The first of these keys that signed it; None where none did.
+        """The first of these keys that signed it; None where none did. Raises BadNoteError as `signers` does."""
+        return next(iter(self.signers(keys)), None)
+
+    def signers(self, keys: Iterable[VerifierKey]) -> list[VerifierKey]:
+        """Those of these keys that signed it.
 
         Raises BadNoteError where a signature says that it is of one of these keys and is not: such a note is rejected,
         whatever else stands under it.
         """
-        found = None
+        found = []
         for key in keys:
             for name, identity, signature in self.signatures:
                 if (name, identity) != (key.name, key.id):
                     continue
                 if not key.signed(self.checkpoint.text(), signature):
                     raise BadNoteError(f"has a signature of {key.name} that the key did not make")
-                found = found or key
+                found += [key] if key not in found else []
         return found
 
 

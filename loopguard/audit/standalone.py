@@ -1,16 +1,10 @@
-"""Verify the audit log of a LoopGuard run without LoopGuard.
+"""Verify the audit log of a LoopGuard run without LoopGuard: one file, Python 3.11, the package `cryptography`.
 
     python standalone.py RUN_DIR [--expect-head SEQ:HASH] [--key VKEY]... [--anchors PLACE]... [--json]
 
-One file, for whoever has a run directory and nothing else of ours. It needs Python 3.11, the package `cryptography`,
-and `git` where anchors are in a repository. It was written from docs/audit-format.md and docs/resume.md and shares no
-code with `loopguard audit verify`: where the two give different codes for a folder, one of them is wrong.
-
-It reads each file once, holds one record at a time, writes nothing. Behind the first break of a stream it only looks
-whether the rest can be read.
-
-Exit codes: 0 ok, 2 bad usage, 10 warning, 20 whole but unanchored, 30 tampered, 31 truncated, 32 replaced, 33 spliced,
-34 forked, 40 something happened that was not allowed, 41 an approval does not hold, 42 missing, 50 unreadable.
+It was written from docs/audit-format.md and docs/resume.md and shares no code with `loopguard audit verify`: where the
+two give different codes for a folder, one of them is wrong. It reads each file once, holds one record at a time, writes
+nothing. What is not as it has to be raises ValueError where it is looked at; `Stream.ask` makes a finding of that.
 """
 
 from __future__ import annotations
@@ -19,11 +13,14 @@ import argparse
 import base64
 import hashlib
 import json
+import math
+import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,52 +29,56 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa, utils
 
 Json = dict[str, Any]
-
-USAGE, WARN, UNANCHORED, TAMPER, TRUNCATED, REPLACED, SPLICE, FORK = 2, 10, 20, 30, 31, 32, 33, 34
-PROTOCOL, APPROVAL, MISSING, UNREADABLE = 40, 41, 42, 50
-BREAKS = range(TAMPER, FORK + 1)
-STATUS = {0: "ok", WARN: "warn", UNANCHORED: "unanchored", TAMPER: "tamper", TRUNCATED: "truncated"}
-STATUS |= {REPLACED: "replaced", SPLICE: "splice", FORK: "fork", PROTOCOL: "protocol", APPROVAL: "approval"}
-STATUS |= {MISSING: "missing", UNREADABLE: "unreadable"}
-MAX_LINE_BYTES, MAX_NOTE_BYTES = 512 * 1024, 64 * 1024
-GENESIS = "0" * 64
-HEX64, TIME = "[0-9a-f]{64}", r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z"
-FIELDS: dict[str, tuple[type, ...]] = dict.fromkeys(
-    ("boot", "hash", "id", "log", "policy", "prev", "ts", "type"), (str,)
-)
-FIELDS |= dict.fromkeys(("epoch", "mono_ns", "seq", "v"), (int,)) | {"cycle": (int, type(None))}
-FIELDS |= {"actor": (dict,), "body": (dict,), "cause": (list,), "redacted": (list,)}
+Keys = dict[tuple[str, bytes], tuple[str, bytes]]  # of each trusted key its name and id, and its vkey and public half
 
 
-class Fault(Exception):  # noqa: N818 - mostly a finding, and no error of this program
-    """Something is wrong, with the code that this alone gives."""
+class Code(IntEnum):
+    """What a verification comes to, and its exit code. In the thirties the chain of records is broken."""
 
-    def __init__(self, code: int, text: str) -> None:
-        self.code = code
-        super().__init__(text)
-
-
-# -- records -----------------------------------------------------------------------------------------------------------
+    OK, USAGE, WARN, UNANCHORED = 0, 2, 10, 20
+    TAMPER, TRUNCATED, REPLACED, SPLICE, FORK = 30, 31, 32, 33, 34
+    PROTOCOL, APPROVAL, MISSING, UNREADABLE = 40, 41, 42, 50
 
 
-def record_in(line: bytes) -> Json:
-    """The record in a line without its newline. Raises Fault."""
-    at = line.rfind(b',"hash":"')
-    rest, stated = line[:at] + line[at + 74 :], line[at + 9 : at + 73]
-    if at < 0 or line[at + 73 : at + 75] != b'",':
-        raise Fault(TAMPER, "is none")
-    if hashlib.sha256(b"loopguard-record-v1\n" + rest).hexdigest().encode() != stated:
-        raise Fault(TAMPER, "was altered: its hash is not that of its bytes")
-    record = json_in(line)
-    if record.get("v", 1) != 1:
-        raise Fault(UNREADABLE, "is of a later format")
-    if record.keys() != FIELDS.keys() or any(type(record[name]) not in kinds for name, kinds in FIELDS.items()):
-        raise Fault(TAMPER, "does not have the fields of a record")
-    return record
+def need(holds: object, otherwise: str, code: Code | None = None) -> None:
+    """Raise ValueError unless something holds; with a code where that is not the usual one of the question."""
+    if not holds:
+        raise ValueError(otherwise) if code is None else ValueError(otherwise, code)
 
 
-def json_in(data: bytes) -> Json:
-    """The JSON object in these bytes; empty where there is none."""
+# -- records: their shape, their bytes, their files
+HEX64, TIME, COUNT = "[0-9a-f]{64}", "[0-9]{4}(-[0-9]{2}){2}T[0-9]{2}(:[0-9]{2}){2}[.][0-9]{6}Z", range(1, 2**53)
+FIELDS: dict[str, type] = dict.fromkeys(("boot", "hash", "id", "log", "policy", "prev", "ts", "type"), str)
+FIELDS |= dict.fromkeys(("epoch", "mono_ns", "seq", "v"), int) | {"cycle": int}
+FIELDS |= {"actor": dict, "body": dict, "cause": list, "redacted": list}
+KINDS = [*FIELDS.values()], [*(FIELDS | {"cycle": type(None)}).values()]
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Whether a JSON value is of one of some types, a text of a pattern, a number in a range, or has some members."""
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(value.get(name), one) for name, one in shape.items())
+    if isinstance(shape, str):
+        return isinstance(value, str) and re.fullmatch(shape, value) is not None
+    return type(value) is int and value in shape if isinstance(shape, range) else type(value) in shape
+
+
+def sha256(data: bytes) -> str:
+    """The SHA-256 of these bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def seconds(one: str, other: str) -> float:
+    """How many seconds lie between two times, below 0 where the second is earlier; NaN if one is none."""
+    try:
+        return (datetime.fromisoformat(other) - datetime.fromisoformat(one)).total_seconds()
+    except ValueError:
+        return math.nan
+
+
+def object_in(source: bytes | Path) -> Json:
+    """The JSON object in these bytes or in a file; empty where there is none."""
+    data = source if isinstance(source, bytes) else source.read_bytes() if source.exists() else b""
     try:
         value = json.loads(data.decode())
     except (ValueError, RecursionError):
@@ -85,12 +86,46 @@ def json_in(data: bytes) -> Json:
     return value if isinstance(value, dict) else {}
 
 
-def lines_of(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Each line of a segment with its place; only the last can lack its newline, and is read up to the longest."""
-    with path.open("rb") as file:
-        number, line = 0, b"\n"
-        while line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
-            yield f"{path}:{(number := number + 1)}", line
+def record_in(line: bytes) -> Json:
+    """The record in a line. Raises ValueError."""
+    line = line.removesuffix(b"\n")
+    at = line.rfind(b',"hash":"')
+    stated, rest = line[at + 9 : at + 73], line[:at] + line[at + 74 :]
+    need(at >= 0 and line[at + 73 : at + 75] == b'",', "no record")
+    need(
+        sha256(b"loopguard-record-v1\n" + rest).encode() == stated,
+        "the record was altered: its hash is not that of its bytes",
+    )
+    record = object_in(line)
+    need(record.get("v", 1) == 1, "the record is of a later format", Code.UNREADABLE)
+    sound = record.keys() == FIELDS.keys() and [*map(type, map(record.get, FIELDS))] in KINDS
+    need(sound and re.fullmatch(TIME, record["ts"]), "the record does not have the fields of one")
+    datetime.fromisoformat(record["ts"])
+    return record
+
+
+def record_or_none(line: bytes) -> Json | None:
+    """The record in a line, if there is one."""
+    try:
+        return record_in(line)
+    except ValueError:
+        return None
+
+
+def segments(folder: Path) -> list[Path]:
+    """The segments of a stream, in order."""
+    found = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"seg-[0-9]{12}\.jsonl", path.name))
+
+
+def lines_of(folder: Path) -> Iterator[tuple[str, bytes, int, bool]]:
+    """Each line with its place, the number in its segment's name if it is the first, and whether that is the last."""
+    for path in (paths := segments(folder)):
+        with path.open("rb") as file:
+            number, line, last = 0, b"\n", path == paths[-1]
+            while line.endswith(b"\n") and ((line := file.readline(512 * 1024)) or not (number or last)):
+                number += 1  # an empty segment that is not the last has one empty line
+                yield f"{path}:{number}", line, 0 if number > 1 else int(path.stem[4:]), last
 
 
 def is_cut(line: bytes) -> bool:
@@ -98,257 +133,125 @@ def is_cut(line: bytes) -> bool:
     kept, start = line.rstrip(b"\0"), b'{"actor":{'
     try:
         json.JSONDecoder().raw_decode(kept.decode("latin-1"))
-        record_in(kept)
     except (ValueError, RecursionError):
         return kept[: len(start)] == start[: len(kept)]
-    except Fault:
-        return False
-    return True
+    return record_or_none(kept) is not None
 
 
-def segments(folder: Path) -> list[Path]:
-    """The segments of a stream, in order."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"seg-\d{12}\.jsonl", path.name))
-
-
-# -- keys, checkpoints, and what was kept elsewhere --------------------------------------------------------------------
-
-
-class Key(NamedTuple):
-    """A vkey that is trusted."""
-
-    text: str
-    name: str
-    id: bytes
-    public: bytes
+# -- checkpoints, and what was kept elsewhere; base64 in the one proper spelling of its bytes
+BASE64 = "(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}[AEIMQUYcgkosw048]=|[A-Za-z0-9+/][AQgw]==)?"
+SIGNED = rf"— [^ \n]+ (?=[^=\n]{{7}}){BASE64}\n"
+NOTE = rf"(([^\n]+)\n(0|[1-9][0-9]{{0,15}})\n((?=.{{44}}\n){BASE64})\n)(?:\n((?:{SIGNED}){{1,64}}))?"
 
 
 class Mark(NamedTuple):
-    """What a log must hold up to some record, and who says so: somebody elsewhere (`proves`), a trusted `signer`."""
+    """What a log holds up to some record, and who says so."""
 
     origin: str
-    seq: int | None
-    hash: str = ""
-    root: bytes = b""
-    proves: bool = False
-    signer: str = ""
+    at: int | str  # the number of that record, or its hash where nothing else is known
+    stands_for: str | bytes  # its hash, or the root up to it
+    proves: bool = True  # it was kept elsewhere, and a trusted key signed it, where there is one
+    log: str = ""
+    signers: Iterable[str] = ()  # the trusted keys that signed it
+    otherwise: Code = Code.REPLACED
 
 
-def key_in(given: str) -> Key:
-    """The key in a vkey, or in a file with one. Raises Fault."""
-    try:
-        text = (given if given.count("+") >= 2 else Path(given).read_text()).strip()
-        name, stated, encoded = text.split("+", 2)
-    except (OSError, ValueError) as error:
-        raise Fault(USAGE, f"--key {given}: neither a vkey nor a file with one: {error}") from error
-    data = unbase64(encoded)
+def key_in(given: str) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
+    """The key in a vkey, or in a file with one. Raises ValueError, OSError."""
+    text = (given if given.count("+") >= 2 else Path(given).read_text()).strip()
+    name, stated, encoded = text.split("+", 2)
+    data = base64.b64decode(encoded, validate=True)
     identity = hashlib.sha256(f"{name}\n".encode() + data).digest()[:4]
-    if len(data) != 33 or data[0] != 1 or identity.hex() != stated or not re.fullmatch(r"\S+", name):
-        raise Fault(USAGE, f"--key {given}: no Ed25519 vkey, or one that contradicts itself")
-    return Key(text, name, identity, data[1:])
+    sound = len(data) == 33 and data[0] == 1 and identity.hex() == stated and re.fullmatch(r"\S+", name)
+    need(sound and base64.b64encode(data).decode() == encoded, f"{given!r} is no vkey of an Ed25519 key")
+    return (name, identity), (text, data[1:])
 
 
-def unbase64(text: str) -> bytes:
-    """The bytes of a base64 text in its one proper spelling; empty where it is none."""
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        return b""
-    return data if base64.b64encode(data).decode() == text else b""
-
-
-def note_in(data: bytes, keys: list[Key]) -> tuple[str, int, bytes, str]:
-    """Origin, size, root and trusted signer of a note. Raises Fault where it is none, or a trusted key did not sign."""
-    body, blank, below = data.decode(errors="replace").rpartition("\n\n")
-    body, below = (f"{body}\n", below) if blank else (below, "\n")
-    match = re.fullmatch(r"([^\n]+)\n(0|[1-9]\d{0,15})\n([^\n]+)\n", body)
-    root = unbase64(match[3]) if match else b""
-    odd = len(data) > MAX_NOTE_BYTES or re.search(rb"[\0-\x09\x0b-\x1f]", data) or not below.endswith("\n")
-    if match is None or len(root) != 32 or odd:
-        raise Fault(TAMPER, "is no checkpoint")
-    signers = set()
-    for line in below.split("\n")[:-1][:64] if blank else ():
-        dash, name, encoded = (line.split(" ") * 3)[:3]
-        signature = unbase64(encoded)
-        if line.count(" ") != 2 or dash != "—" or not name or len(signature) < 5:
-            raise Fault(TAMPER, "has a line where a signature belongs")
-        for key in keys:
-            if (key.name, key.id) == (name, signature[:4]):
-                try:
-                    ed25519.Ed25519PublicKey.from_public_bytes(key.public).verify(signature[4:], body.encode())
-                except InvalidSignature:
-                    raise Fault(TAMPER, f"has a signature of {name} that the key did not make") from None
-                signers.add(key)
-    return match[1], int(match[2]), root, next((key.text for key in keys if key in signers), "")
+def note_in(data: bytes, origin: str, keys: Keys, *, elsewhere: bool) -> Mark:
+    """The checkpoint in a note. Raises ValueError; InvalidSignature where a trusted key did not sign in its name."""
+    match, signers = re.fullmatch(NOTE, data.decode()), []
+    need(match and len(data) <= 64 * 1024 and not re.search(rb"[\0-\x09\x0b-\x1f]", data), f"{origin} is no checkpoint")
+    text, log, size, root, lines = match.groups("") if match else ("",) * 5
+    for _, name, encoded in (line.split(" ") for line in lines.split("\n")[:-1]):
+        made = base64.b64decode(encoded)
+        if found := keys.get((name, made[:4])):
+            ed25519.Ed25519PublicKey.from_public_bytes(found[1]).verify(made[4:], text.encode())
+            signers.append(found[0])
+    proves = elsewhere and (not keys or bool(signers))
+    return Mark(origin, int(size), base64.b64decode(root), proves, log, signers)
 
 
 def kept_at(place: Path) -> Iterator[tuple[str, bytes]]:
-    """The notes in a file, a folder or a repository, each with where it stands. Raises Fault."""
-    if place.is_dir() and ((place / ".git").exists() or (place / "HEAD").is_file()):
-        command = ["git", "-C", str(place), "log", "--format=%B", "refs/heads/loopguard-anchors"]
-        done = subprocess.run(command, capture_output=True, check=False)
-        if done.returncode:
-            raise Fault(USAGE, f"--anchors {place}: {done.stderr.decode(errors='replace')}")
-        yield from notes_in(done.stdout.decode(errors="replace").splitlines(), place)
-    elif place.is_dir():
-        for path in sorted(one for one in place.rglob("*") if one.suffix in {".note", ".jsonl"} and one.is_file()):
+    """The notes in a file, a folder or a repository, each with where it stands. Raises ValueError, OSError."""
+    is_git = (place / ".git").exists() or (place / "HEAD").is_file()
+    if place.is_dir() and not is_git:
+        for path in sorted(path for path in place.rglob("*") if path.suffix in {".note", ".jsonl"} and path.is_file()):
             yield from kept_at(path)
-    elif place.suffix == ".note":
+    elif place.suffix == ".note" and not is_git:
         yield str(place), place.read_bytes()
     else:
-        with place.open(errors="replace") as file:
-            yield from notes_in(file, place)
+        command = ["git", "-C", str(place), "log", "--format=%B", "refs/heads/loopguard-anchors"]
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+        data = subprocess.check_output(command, env=clean) if is_git else place.read_bytes()
+        for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+            _, start, rest = line.partition('{"checkpoint":"')
+            if "}" in rest:
+                yield f"{place}:{number}", str(json.JSONDecoder().raw_decode(start + rest)[0]["checkpoint"]).encode()
+            elif start:
+                sys.stderr.write(f"{place}:{number}: a checkpoint is cut there, and was passed over\n")
 
 
-def notes_in(lines: Iterable[str], place: Path) -> Iterator[tuple[str, bytes]]:
-    """The notes in lines of ours, among others. Raises Fault."""
-    for number, line in enumerate(lines, 1):
-        if (at := line.find('{"checkpoint":"')) >= 0:
-            try:
-                yield f"{place}:{number}", json.JSONDecoder().raw_decode(line[at:])[0]["checkpoint"].encode()
-            except ValueError as error:
-                raise Fault(USAGE, f"{place}:{number}: a checkpoint is cut or damaged: {error}") from error
-
-
-# -- approvals ---------------------------------------------------------------------------------------------------------
-
+# -- who signed: signatures of OpenSSH (SSHSIG), and the keys of people
 ARMOR = r"\s*-----BEGIN SSH SIGNATURE-----\s+([A-Za-z0-9+/=\s]+?)\s*-----END SSH SIGNATURE-----\s*"
-KEY_LINE = r'(?:((?:[^\s"]|"[^"]*")+)\s+)?((?:sk-)?ssh-[\w@.-]+|ecdsa-[\w-]+)\s+(\S+)(?:\s.*)?'
-OPTION = r'([A-Za-z-]+)="([^"]*)"'
-SHAPES = dict.fromkeys(("run", "freeze", "reason", "requester"), "(?s:.{1,8192})")
-SHAPES |= dict.fromkeys(("entered", "head_hash", "policy", "next_policy"), HEX64)
-SHAPES |= {"not_before": TIME, "expires": TIME, "disposition": "rollback", "target": f"nothing|{HEX64}"}
-SHAPES |= {"policy_change": "none|tightened|loosened", "nonce": "[0-9a-f]{32}"}
+OPTION = r'(?i:valid-after|valid-before|namespaces)="[^"]*"'
+KEY_LINE = rf"\s*(?:({OPTION}(?:,{OPTION})*)\s+)?([a-z0-9@.-]+)\s+([A-Za-z0-9+/=]+)(?s:\s.*)?"
+NAMESPACE, WHEN = "loopguard-approve@v1", {9: "%Y%m%dZ", 13: "%Y%m%d%H%MZ", 15: "%Y%m%d%H%M%SZ"}
 
 
-def strings(data: bytes, behind: int = 0) -> list[bytes]:
-    """All the strings that SSH packed, up to so many bytes from the end. Raises ValueError."""
-    found = []
-    while len(data) > behind:
+def strings(data: bytes) -> list[bytes]:
+    """All the strings that SSH packed one behind the other. Raises ValueError."""
+    found = list[bytes]()
+    while data:
         end = 4 + int.from_bytes(data[:4])
-        if end > len(data) - behind:
-            raise ValueError("it is cut short")
-        found.append(data[4:end])
-        data = data[end:]
+        need(end <= len(data), "a key or a signature is cut short")
+        found, data = [*found, data[4:end]], data[end:]
     return found
 
 
-class ExpiredError(ValueError):
-    """A key is one that may approve, and not at this time."""
-
-
-def approval_in(told: Any, people: dict[str, list[str]], message: bytes, at: str) -> Json:
-    """What a record has to say of this approval: who made its signature over a message, with a key that counts then.
-
-    Raises ValueError, InvalidSignature, or another error where a member is not there.
-    """
-    armored = told["signature"]
-    match = re.fullmatch(ARMOR, armored) if len(armored) <= 8192 else None
-    blob = base64.b64decode("".join(match[1].split()), validate=True) if match else b""
-    blob, namespace, reserved, algorithm, signature = strings(blob.removeprefix(b"SSHSIG\0\0\0\1"))
-    if reserved or namespace != b"loopguard-approve@v1" or algorithm not in {b"sha256", b"sha512"}:
-        raise ValueError("a signature is for another purpose, or of a kind that is not taken")
-    named = [(person, when) for person, lines in people.items() for line in lines for when in times_of(line, blob)]
-    if not named:
-        raise ValueError("a key is nobody's")
-    person, (after, before) = named[0]
-    if not after <= at < before:
-        raise ExpiredError(f"a key of {person} does not count at that time")
-    parts = namespace, b"", algorithm, hashlib.new(algorithm.decode(), message).digest()
-    check(blob, signature, b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts))
-    fingerprint = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
-    return {"person": person, "key": f"SHA256:{fingerprint}", "signature": armored}
-
-
-def times_of(line: str, blob: bytes) -> list[tuple[str, str]]:
-    """From and until when a line of an `allowed_signers` file (without principals) names this key; empty if never."""
-    match = re.fullmatch(KEY_LINE, line.strip())
-    if match is None or match[3] != base64.b64encode(blob).decode() or match[2].encode() != strings(blob)[0]:
-        return []
-    if match[1] and not re.fullmatch(f"{OPTION}(,{OPTION})*", match[1]):
-        return []
-    found = {"valid-after": "", "valid-before": "~"}
-    for name, value in re.findall(OPTION, match[1] or ""):
-        if name.lower() in found and re.fullmatch(r"\d{8}(\d{4}(\d\d)?)?Z", value):
-            moment = datetime.strptime(f"{value[:-1]:0<14}", "%Y%m%d%H%M%S")
-            found[name.lower()] = f"{moment.isoformat()}.000000Z"
-        elif name.lower() != "namespaces" or "loopguard-approve@v1" not in value.split(","):
-            return []
-    return [(found["valid-after"], found["valid-before"])]
-
-
-def check(blob: bytes, signature: bytes, signed: bytes) -> None:
+def check_signature(blob: bytes, signature: bytes, data: bytes) -> None:
     """Raise ValueError or InvalidSignature unless the key in a blob made this signature over these bytes."""
     kind, *parts = strings(blob)
-    behind = 5 if kind == b"sk-ssh-ed25519@openssh.com" else 0
-    algorithm, raw = strings(signature, behind)
-    match kind, algorithm, parts:
-        case b"ssh-ed25519", b"ssh-ed25519", [public]:
-            ed25519.Ed25519PublicKey.from_public_bytes(public).verify(raw, signed)
-        case b"sk-ssh-ed25519@openssh.com", b"sk-ssh-ed25519@openssh.com", [public, application]:
-            if not signature[-5] & 1:
-                raise ValueError("a security key was not touched")
-            whole = hashlib.sha256(application).digest() + signature[-5:] + hashlib.sha256(signed).digest()
-            ed25519.Ed25519PublicKey.from_public_bytes(public).verify(raw, whole)
-        case b"ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp256", [b"nistp256", point]:
-            r, s = (int.from_bytes(part) for part in strings(raw))
+    if kind == b"sk-ssh-ed25519@openssh.com" and signature[-5:][0] & 1:  # somebody touched it
+        data = hashlib.sha256(parts.pop()).digest() + signature[-5:] + hashlib.sha256(data).digest()
+        kind, signature = b"touched", signature[:-5]
+    match [kind, *strings(signature), *parts]:
+        case [b"ssh-ed25519", b"ssh-ed25519", made, public] | [b"touched", b"sk-ssh-ed25519@openssh.com", made, public]:
+            ed25519.Ed25519PublicKey.from_public_bytes(public).verify(made, data)
+        case [b"ecdsa-sha2-nistp256", b"ecdsa-sha2-nistp256", made, b"nistp256", point]:
+            r, s = map(int.from_bytes, strings(made))
             curve = ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), point)
-            curve.verify(utils.encode_dss_signature(r, s), signed, ec.ECDSA(hashes.SHA256()))
-        case b"ssh-rsa", b"rsa-sha2-256" | b"rsa-sha2-512", [exponent, modulus] if int.from_bytes(modulus) >> 2047:
-            numbers = rsa.RSAPublicNumbers(int.from_bytes(exponent), int.from_bytes(modulus))
-            digest = hashes.SHA256() if algorithm == b"rsa-sha2-256" else hashes.SHA512()
-            raw = raw.rjust((numbers.n.bit_length() + 7) // 8, b"\0")
-            numbers.public_key().verify(raw, signed, padding.PKCS1v15(), digest)
+            curve.verify(utils.encode_dss_signature(r, s), data, ec.ECDSA(hashes.SHA256()))
+        case [b"ssh-rsa", b"rsa-sha2-256" | b"rsa-sha2-512" as how, made, exponent, modulus]:
+            key = rsa.RSAPublicNumbers(int.from_bytes(exponent), int.from_bytes(modulus)).public_key()
+            need(key.key_size >= 2048, "a key is too short")
+            made = made.rjust((key.key_size + 7) // 8, b"\0")  # SSH leaves out zeros in front
+            key.verify(made, data, padding.PKCS1v15(), hashes.SHA512() if how == b"rsa-sha2-512" else hashes.SHA256())
         case _:
-            raise ValueError("a signature is of a kind that is not taken")
+            raise ValueError("a signature is of a kind that is not taken, or nobody touched the security key")
 
 
-def moment_of(text: str) -> datetime:
-    """The time in a record; before all others where there is none."""
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        moment = datetime.min
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def seconds(one: str, other: str) -> float:
-    """How many seconds lie between two times; below 0 where the second one is the earlier one."""
-    return (moment_of(other) - moment_of(one)).total_seconds()
-
-
-def rule_in(value: Any) -> Json | None:
-    """Who has to agree to a resume, by `policy.loaded`; where that cannot be read, a rule that nobody satisfies."""
-    if value is None:
-        return None
-    try:
-        rule = {name: value[name] for name in ("approvals", "requester_may_approve", "within_s", "execute_within_s")}
-        rule["people"] = {name: [str(line) for line in lines] for name, lines in value["people"].items()}
-        sound = [type(s) in (int, float) and 0 < s <= 1e8 for s in (rule["within_s"], rule["execute_within_s"])]
-        sound += [type(rule["approvals"]) is int and rule["approvals"] > 0, type(rule["requester_may_approve"]) is bool]
-        if all(sound):
-            return rule
-    except (TypeError, KeyError, AttributeError):
-        pass  # the same as one that is not sound
-    return {"approvals": 1, "people": {}, "requester_may_approve": False, "within_s": 0, "execute_within_s": 0}
-
-
-def asks_less(rule: Json | None, before: Json) -> bool:
-    """Whether somebody could resume under this rule who could not under the one before."""
-    if rule is None or rule["approvals"] < before["approvals"]:
-        return True
-    longer = any(rule[name] > before[name] for name in ("requester_may_approve", "within_s", "execute_within_s"))
-    return longer or any(set(lines) - set(before["people"].get(name, ())) for name, lines in rule["people"].items())
-
-
-def statement_in(value: Any) -> Json | None:
-    """What people signed; None where this is nothing that they could sign."""
-    if not isinstance(value, dict) or value.get("v") != 1 or value.keys() != {*SHAPES, "v", "head_seq"}:
-        return None
-    if any(type(value[name]) is not str or not re.fullmatch(shape, value[name]) for name, shape in SHAPES.items()):
-        return None
-    return value | {"v": 1} if type(value["head_seq"]) is int and 0 < value["head_seq"] < 2**53 else None
+def is_of(line: str, blob: bytes, at: str | None) -> bool:
+    """Whether a line of an `allowed_signers` file names this key. Raises ValueError where that does not count then."""
+    match = re.fullmatch(KEY_LINE, line)
+    if match is None or (match[2].encode(), match[3]) != (strings(blob)[0], base64.b64encode(blob).decode()):
+        return False
+    for name, value in re.findall(r'([\w-]+)="([^"]*)"', match[1] or ""):
+        if name.lower() == "namespaces":
+            need(NAMESPACE in value.split(","), "a key is for other purposes")
+        else:
+            time = datetime.strptime(value, WHEN.get(len(value), "")).isoformat()
+            need(at is None or (time <= at) == (name.lower() == "valid-after"), "a key does not count at that time")
+    return True
 
 
 def signed_bytes(statement: Json) -> bytes:
@@ -356,465 +259,364 @@ def signed_bytes(statement: Json) -> bytes:
     return json.dumps(statement, sort_keys=True, separators=(",", ":")).encode() + b"\n"
 
 
-def said_of(statement: Json) -> Json:
-    """What the records about a statement have to say as well."""
-    return {"by": statement["requester"], "reason": statement["reason"], "freeze": statement["freeze"]}
+def approval_in(told: Any, statement: Json, rule: Json, others: set[str], at: str | None) -> Json:
+    """What a record has to tell of an approval that counts, beside those of others. Raises ValueError."""
+    match = re.fullmatch(ARMOR, told["signature"]) if fits(told, {"signature": "(?s:.{0,8192})"}) else None
+    wrapped = base64.b64decode("".join(match[1].split()), validate=True) if match else b""
+    blob, namespace, reserved, how, signature = strings(wrapped.removeprefix(b"SSHSIG\0\0\0\1"))
+    sound = namespace == NAMESPACE.encode() and not reserved and how in {b"sha256", b"sha512"}
+    need(sound, "a signature is for another purpose, or of a kind that is not taken")
+    person, *_ = [name for name, lines in rule["people"].items() for line in lines if is_of(line, blob, at)] or [""]
+    parts = namespace, b"", how, hashlib.new(how.decode(), signed_bytes(statement)).digest()
+    check_signature(blob, signature, b"SSHSIG" + b"".join(len(part).to_bytes(4, "big") + part for part in parts))
+    may = person not in others and (person != statement["requester"] or rule["requester_may_approve"])
+    need(person and may, f"{person or 'nobody'} approved, who may not, or not twice")
+    fingerprint = base64.b64encode(hashlib.sha256(blob).digest()).decode().rstrip("=")
+    return {"person": person, "key": f"SHA256:{fingerprint}", "signature": told["signature"]}
+
+
+# -- what was allowed, and who agreed
+WAYS, SAID = "rollback|discard|accept|halt", ("freeze", "reason", "disposition", "waives", "waives_cycles")
+STATEMENT: Json = dict.fromkeys(("run", "freeze", "reason", "requester"), "(?s:.{1,8192})") | {"v": range(1, 2)}
+STATEMENT |= dict.fromkeys(("entered", "head_hash", "policy", "next_policy"), HEX64) | {"head_seq": COUNT}
+STATEMENT |= {"not_before": TIME, "expires": TIME, "disposition": WAYS, "target": f"nothing|{HEX64}"}
+STATEMENT |= {"waives": "(?s:.{1,8192})", "waives_cycles": range(2**53)}
+STATEMENT |= {"policy_change": "none|tightened|loosened", "nonce": "[0-9a-f]{32}"}
+RESUME: Json = {"approval": "signed", "judged": TIME, "approvals": (list,)}
+RULE: Json = {"approvals": range(1, 65), "people": (dict,), "requester_may_approve": (bool,)}
+RULE |= {"within_s": (int, float), "execute_within_s": (int, float)}
+ABOUT_APPROVALS = {"policy.loaded", "policy.adopted", "run.started", "freeze.requested", "freeze.entered"}
+ABOUT_APPROVALS |= {"resume.requested", "resume.applied", "run.halted", "approval.given", "approval.refused"}
+
+
+def rule_in(value: Any) -> Json:
+    """Who has to agree to a resume, by `policy.loaded`; where that cannot be read, a rule that nobody satisfies."""
+    lists = [*value["people"].values()] if fits(value, RULE) else [None]
+    sound = all(isinstance(lines, list) and all(isinstance(line, str) for line in lines) for lines in lists)
+    sound = sound and all(0 < value[name] <= 1e8 for name in ("within_s", "execute_within_s"))
+    nobody = {"approvals": 1, "people": {}, "requester_may_approve": False, "within_s": 0, "execute_within_s": 0}
+    return {} if value is None else {name: (value if sound else nobody)[name] for name in RULE}
+
+
+def asks_less(rule: Json, before: Json) -> bool:
+    """Whether somebody could resume under this rule who could not under the one before."""
+    if not rule or rule["approvals"] < before["approvals"]:
+        return True
+    longer = any(rule[name] > before[name] for name in ("requester_may_approve", "within_s", "execute_within_s"))
+    return longer or any(set(lines) - set(before["people"].get(name, ())) for name, lines in rule["people"].items())
 
 
 class Permissions:
-    """Whether what a stream tells was allowed, and each resume and loosened policy approved, by the records before."""
+    """What the records of one stream allow so far, and what people agreed to."""
 
     def __init__(self, *, owner: bool) -> None:
         self.owner = owner  # resumes are asked for in this stream; the others hold them without what led there
+        self.lease, self.weights = range(0), ""  # updates that may be applied, and weights that may become the actor
+        self.calls, self.nonces, self.people = set[str](), set[str](), set[str]()
+        self.rule, self.waits, self.granted = Json(), Json(), Json()  # the statement that waits, and that was granted
         self.frozen: str | None = None
-        self.calls: set[str] = set()
-        self.lease: tuple[int, int] | None = None
-        self.weights: str | None = None  # that may become the actor
-        self.rule: Json | None = None
-        self.policy, self.adopted = "", ("", "", False)
-        self.latest = ""  # time of a record about approvals
-        self.hashes: dict[int, str] = {}  # of the records since the last freeze; the first one is that freeze
-        self.request, self.void = "", False
-        self.statement: Json | None = None  # what waits for approvals; void where it can be granted no more
-        self.people: set[str] = set()  # who approved that so far
-        self.nonces: set[str] = set()
-        self.change = ("", "", "")  # a loosened policy that was approved: from, to, and until when
-        self.start_before: str | None = None
-        self.overdue = False
+        self.tripped, self.halted = "", False  # the rule of the last freeze, and whether the run has ended for good
+        self.hashes: dict[int, str] = {}  # of the last freeze, and of the records since
+        self.policy = self.request = self.latest = self.start_before = ""
+        self.adopted, self.agrees, self.runs = ("", ""), False, False
 
-    def troubles(self, record: Json) -> Iterator[tuple[int, str]]:
-        """What this record tells that nothing before it allowed, each with its code."""
-        kind, body, ts = record["type"], record["body"], record["ts"]
-        if self.frozen is not None and kind in {"update.applied", "data.admitted", "promotion.applied"}:
-            yield PROTOCOL, f"{kind} while frozen ({self.frozen})"
-        if self.overdue and kind in {"cycle.started", "update.leased", "data.admitted"}:
-            yield APPROVAL, "the run went on, though it was started later than people had agreed to"
-            self.overdue = False
-        if kind in {"update.settled", "freeze.entered", "log.opened"}:
-            self.lease = None
+    def acted(self, kind: str, body: Json) -> None:
+        """Whether the records before allow what this one tells. Raises ValueError."""
+        lease, call, told = self.lease, str(body.get("call")), body if kind.startswith("update.") else {}
+        span = range(told["from"], told["to"] + 1) if fits(told, {"from": (int,), "to": (int,)}) else range(0)
         match kind:
             case "tool.decided" if body.get("result") == "allow":
-                self.calls.add(str(body.get("call")))
+                self.calls.add(call)
             case "tool.finished" | "tool.lost":
-                if (call := str(body.get("call"))) not in self.calls:
-                    yield PROTOCOL, f"call {call} ended, and no decision allowed it"
-                self.calls.discard(call)
-            case "update.leased" | "update.applied":
-                yield from self._updated(kind, body.get("from"), body.get("to"))
+                need(call in self.calls, f"call {call} ended, and no decision allowed it")
+                self.calls.remove(call)
+            case "update.leased":
+                touch = span and lease and lease.start <= span.start <= lease.stop
+                self.lease = range(lease.start, max(span.stop, lease.stop)) if touch else span
+            case "update.applied":
+                need(span and span[0] in lease and span[-1] in lease, f"{span} was applied; the lease is {lease}")
             case "promotion.decided":
-                self.weights = str(body.get("weights")) if body.get("result") == "allow" else None
+                self.weights = str(body.get("weights")) if body.get("result") == "allow" else ""
             case "promotion.applied":
-                if self.weights is None or self.weights != str(body.get("actor")):
-                    yield PROTOCOL, "weights were promoted that no decision allowed"
-                self.weights = None
-            case "policy.loaded":
-                yield from self._loaded(str(body.get("digest")), rule_in(body.get("resume")))
-            case "policy.adopted":
-                change = str(body.get("from")), str(body.get("to"))
-                self.adopted = *change, change == self.change[:2] and ts <= self.change[2]
-                if self.rule and body.get("change") == "loosened" and not self.adopted[2]:
-                    yield APPROVAL, "a loosened policy was adopted, and nobody approved that"
-            case "run.started" if self.start_before is not None:
-                self.overdue, self.start_before = self.overdue or max(ts, self.latest) > self.start_before, None
-            case "freeze.requested":
-                self.void = True
-            case "freeze.entered":
-                self.frozen, self.weights, self.void, self.hashes = str(body.get("freeze")), None, True, {}
-                self.change, self.start_before, self.overdue = ("", "", ""), None, False
-            case "resume.requested" if self.rule and (statement := statement_in(body.get("statement"))):
-                self.request, self.statement = str(body.get("request")), statement
-                self.void = not self._stands(statement, record, self.rule)
-                self.nonces.add(statement["nonce"])
-                self.people = set()
-            case "approval.given":
-                yield from self._given(body, ts)
-            case "approval.refused" if body.get("approval") is None and body.get("request") == self.request:
-                self.statement = None
-            case "resume.applied":
-                yield from self._resumed(record)
-        if kind in ABOUT_APPROVALS:
-            self.void = self.void or (self.latest != "" and seconds(ts, self.latest) > 1)
-            self.latest = max(self.latest, ts)
-        if self.frozen is not None:  # also under no rule: the one that people sign by may be adopted while frozen
+                allowed, self.weights = self.weights, ""
+                need(allowed and allowed == str(body.get("actor")), "weights were promoted that no decision allowed")
+            case "log.opened" | "update.settled" | "freeze.entered":
+                self.lease, self.weights = range(0), "" if kind == "freeze.entered" else self.weights
+            case "resume.applied" | "run.halted":
+                named = body.get("by") and body.get("reason") and str(body.get("freeze")) == self.frozen
+                need(named, f"{kind} of no freeze in force, or without a name or a reason")
+                need(kind == "run.halted" or not self.halted, "a resume of a run that was halted")
+        stopped = self.frozen is not None and kind in {"update.applied", "data.admitted", "promotion.applied"}
+        need(not stopped, f"{kind} while frozen")
+
+    def agreed(self, kind: str, body: Json, record: Json) -> None:
+        """Whether people agreed to what takes that. Raises ValueError."""
+        ts, before, rule, told = record["ts"], self.latest, self.rule, body.get("statement")
+        sound = isinstance(told, dict) and fits(told, STATEMENT) and told.keys() == STATEMENT.keys()
+        sound = sound and (told["waives"] == "nothing") == (not told["waives_cycles"])
+        statement: Json = told if sound else {}
+        if self.frozen is not None:
             self.hashes[record["seq"]] = record["hash"]
+        if kind in ABOUT_APPROVALS:
+            back, self.latest = before != "" and seconds(ts, before) > 1, max(ts, before)
+            self.waits = {} if back or kind in {"freeze.requested", "freeze.entered"} else self.waits
+        match kind:
+            case "log.opened":
+                self.runs = False
+            case "run.started":
+                self.runs, self.start_before = True, self.start_before if self.latest > self.start_before else ""
+            case "cycle.started" | "update.leased" | "data.admitted" if self.start_before:
+                self.start_before = ""
+                raise ValueError("the run went on, and was not started by when people had agreed to")
+            case "policy.loaded":
+                self._loaded(str(body.get("digest")), rule_in(body.get("resume")))
+            case "policy.adopted":
+                self.adopted, granted = (str(body.get("from")), str(body.get("to"))), self.granted
+                asked = [granted.get(name) for name in ("policy_change", "policy", "next_policy")]
+                same = asked == ["loosened", *self.adopted]
+                self.agrees = same and seconds(granted["ts"], self.latest) <= granted["within_s"]
+                need(self.agrees or not rule or body.get("change") != "loosened", "nobody approved a looser policy")
+            case "freeze.entered":
+                self.frozen, self.hashes = str(body.get("freeze")), {record["seq"]: record["hash"]}
+                self.granted, self.start_before, self.tripped = {}, "", str(body.get("rule"))
+            case "resume.requested" if rule and statement:
+                self.request, self.people = str(body.get("request")), set()
+                self.waits = statement if not back and self._stands(statement, record) else {}
+                self.nonces.add(statement["nonce"])
+            case "approval.given" if rule and self.owner:
+                others, self.people = self.people, {*self.people, str(body.get("person"))}
+                need(self.waits and body.get("request") == self.request, "no request waited for an approval")
+                given = approval_in(body, self.waits, rule, others, None)
+                given["statement_sha256"] = sha256(signed_bytes(self.waits))
+                need(body == body | given, "an approval says something else than is so")
+            case "approval.refused" if body.get("approval") is None and body.get("request") == self.request:
+                self.waits = {}
+            case "run.halted":
+                waits, self.waits, self.halted = self.waits, {}, True
+                if rule and body.get("because") != "budget":
+                    self._resumed(body, ts, statement, waits, before)
+            case "resume.applied":
+                waits, self.waits, self.hashes = self.waits, {}, {}
+                self.frozen = self.frozen if self.halted else None
+                self.granted = statement | {"ts": ts, "within_s": rule.get("execute_within_s", 0)}
+                self.start_before = str(body.get("execute_before") or "") if self.owner else ""
+                if rule:
+                    self._resumed(body, ts, statement, waits, before)
 
-    def _updated(self, kind: str, first: Any, last: Any) -> Iterator[tuple[int, str]]:
-        span = (first, last) if type(first) is int and type(last) is int and first <= last else None
-        if kind == "update.leased":
-            if span and self.lease and self.lease[0] <= first <= self.lease[1] + 1:
-                span = self.lease[0], max(last, self.lease[1])
-            self.lease = span
-        elif not span or not self.lease or first < self.lease[0] or last > self.lease[1]:
-            yield PROTOCOL, f"updates {first}-{last} were applied; the lease is {self.lease}"
+    def _loaded(self, digest: str, rule: Json) -> None:
+        same, before, adopted, agrees = digest == self.policy, self.rule, self.adopted, self.agrees
+        change, self.adopted, self.agrees = (self.policy, digest), ("", ""), False
+        self.policy, self.rule, self.granted = digest, rule, self.granted if same else {}
+        if before and self.owner:
+            need(not same or rule == before, "a policy has another rule about resumes than before")
+            need(same or adopted == change, "the policy became another one, and nobody adopted it")
+            less = not same and not agrees and asks_less(rule, before)
+            need(not less, "the policy asks for less than the one before, and nobody approved that")
 
-    def _loaded(self, digest: str, rule: Json | None) -> Iterator[tuple[int, str]]:
-        if self.rule and self.owner and digest == self.policy and rule != self.rule:
-            yield APPROVAL, "a policy has another rule about resumes than before"
-        if self.rule and self.owner and digest != self.policy:
-            if self.adopted[:2] != (self.policy, digest):
-                yield APPROVAL, "the policy became another one, and nobody adopted it"
-            if not self.adopted[2] and asks_less(rule, self.rule):
-                yield APPROVAL, "the policy asks for less than the one before, and nobody approved that"
-        self.change = ("", "", "") if self.change[1] == digest else self.change
-        self.policy, self.rule, self.adopted = digest, rule, ("", "", False)
-
-    def _stands(self, statement: Json, record: Json, rule: Json) -> bool:
+    def _stands(self, statement: Json, record: Json) -> bool:
         """Whether what a request asks people to sign is about this freeze, and lasts no longer than allowed."""
-        about = tuple(statement[name] for name in ("freeze", "run", "policy"))
-        return (
-            statement["nonce"] not in self.nonces
-            and about == (self.frozen, record["log"].rpartition("/")[0], self.policy)
-            and all(record["body"].get(name) == value for name, value in said_of(statement).items())
-            and statement["entered"] == next(iter(self.hashes.values()), "")
-            and statement["head_hash"] == self.hashes.get(statement["head_seq"])
-            and (statement["policy"] == statement["next_policy"]) == (statement["policy_change"] == "none")
-            and 0 < seconds(statement["not_before"], statement["expires"]) <= rule["within_s"]
-            and seconds(record["ts"], statement["not_before"]) <= 1
-            and record["ts"] < statement["expires"]
-        )
+        body, nonce, last_s = record["body"], statement["nonce"], seconds(statement["not_before"], statement["expires"])
+        about = {"run": record["log"].rpartition("/")[0], "freeze": self.frozen, "policy": self.policy}
+        about |= {"entered": next(iter(self.hashes.values()), ""), "head_hash": self.hashes.get(statement["head_seq"])}
+        about |= {"requester": body.get("by"), "reason": body.get("reason")}
+        sound = statement == statement | about and body.get("freeze") == self.frozen and nonce not in self.nonces
+        sound = sound and not self.halted and statement["waives"] in {"nothing", self.tripped}
+        same = (statement["policy"] == statement["next_policy"]) == (statement["policy_change"] == "none")
+        in_time = seconds(record["ts"], statement["not_before"]) <= 1 and record["ts"] < statement["expires"]
+        return sound and same and in_time and 0 < last_s <= self.rule["within_s"]
 
-    def _given(self, body: Json, ts: str) -> Iterator[tuple[int, str]]:
-        waits = self.statement is not None and body.get("request") == self.request
-        try:
-            if self.rule and self.owner and not waits:
-                raise ValueError("no request waited for it")
-            if self.rule and self.owner and self.statement:
-                told = approval_in(body, self.rule["people"], signed_bytes(self.statement), ts)
-                told["statement_sha256"] = hashlib.sha256(signed_bytes(self.statement)).hexdigest()
-                if any(body.get(name) != value for name, value in told.items()):
-                    raise ValueError("it says something else of itself")
-                self._may_approve(told["person"], self.people, self.statement, self.rule)
-        except ExpiredError:
-            pass  # it may have run out before the record was written; the resume by it is judged again
-        except (ValueError, TypeError, KeyError, AttributeError, InvalidSignature) as error:
-            yield APPROVAL, f"an approval was counted that does not count: {error or 'a signature is wrong'}"
-        self.people |= {str(body.get("person"))} if waits else set()
-
-    @staticmethod
-    def _may_approve(person: str, others: Iterable[str], statement: Json, rule: Json) -> None:
-        if person in others or (person == statement["requester"] and not rule["requester_may_approve"]):
-            raise ValueError(f"{person} approved twice, or asked for it")
-
-    def _resumed(self, record: Json) -> Iterator[tuple[int, str]]:
-        body, statement = record["body"], statement_in(record["body"].get("statement"))
-        if (
-            self.frozen is None
-            or self.frozen != str(body.get("freeze"))
-            or not body.get("by")
-            or not body.get("reason")
-        ):
-            yield PROTOCOL, "a resume of no freeze in force, or without a name or a reason"
-        try:
-            if self.rule:
-                self._approved(statement or {}, record, self.rule)
-        except (ValueError, TypeError, KeyError, AttributeError, InvalidSignature) as error:
-            yield APPROVAL, f"the resume of {body.get('freeze')} lacks approvals: {error or 'a signature is wrong'}"
-        before = body.get("execute_before")
-        self.start_before = before if isinstance(before, str) else None
-        if statement and self.rule and statement["policy_change"] == "loosened":
-            try:
-                end = moment_of(record["ts"]) + timedelta(seconds=self.rule["execute_within_s"])
-                before = end.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
-            except OverflowError:
-                before = "9999"  # behind every time
-            self.change = statement["policy"], statement["next_policy"], before
-        self.frozen, self.statement, self.hashes = None, None, {}
-
-    def _approved(self, statement: Json, record: Json, rule: Json) -> None:
-        """Raise ValueError, or another error where a member is not there, unless enough people signed, and in time."""
-        body, judged = record["body"], record["body"]["judged"]
-        if body["approval"] != "signed" or not re.fullmatch(TIME, judged):
-            raise ValueError("nobody signed it, or it does not say when that was counted")
-        message = signed_bytes(statement)
-        given = [approval_in(told, rule["people"], message, judged) for told in body["approvals"]]
-        people = [approval["person"] for approval in given]
-        for number, person in enumerate(people):
-            self._may_approve(person, people[:number], statement, rule)
-        if len(people) < rule["approvals"]:
-            raise ValueError(f"{len(people)} of {rule['approvals']} people approved")
-        told = said_of(statement) | {"disposition": statement["disposition"], "approvals": given}
-        told["statement_sha256"] = hashlib.sha256(message).hexdigest()
-        if any(body.get(name) != value for name, value in told.items()):
-            raise ValueError("it is not what they signed")
-        if seconds(record["ts"], judged) > 1 or (self.owner and not self.latest <= judged < statement["expires"]):
-            raise ValueError("they were counted at another time than the log tells, or too late")
-        if self.owner and (self.void or statement != self.statement or statement["policy"] != self.policy):
-            raise ValueError("what they signed was not asked for in this log, or was void by then")
+    def _resumed(self, body: Json, ts: str, statement: Json, waits: Json, before: str) -> None:
+        sound, rule, until, given = fits(body, RESUME), self.rule, body.get("execute_before"), list[Json]()
+        need(sound and statement, "a resume that nobody signed, or that does not say what, or when that was counted")
+        for each in body["approvals"][:65]:
+            given.append(approval_in(each, statement, rule, {one["person"] for one in given}, body["judged"]))
+        need(rule["approvals"] <= len(given) <= 64, f"a resume by {len(given)} people; it takes {rule['approvals']}")
+        told = {name: statement[name] for name in SAID} | {"approvals": given}
+        told |= {"by": statement["requester"], "statement_sha256": sha256(signed_bytes(statement))}
+        need(body == body | told, "a resume that is not what people signed")
+        need(seconds(ts, body["judged"]) <= 1, "approvals were counted after the resume")
+        if self.owner:
+            need(waits == statement and waits["policy"] == self.policy, "a resume that no request waited for")
+            need(before <= body["judged"] < waits["expires"], "approvals were counted too late, or before they came")
+            in_time = fits(until, TIME) and 0 <= seconds(body["judged"], str(until)) <= rule["execute_within_s"]
+            in_time = in_time or (until is None and self.runs) or statement["disposition"] == "halt"
+            need(in_time, "a resume that does not say by when the run has to start")
 
 
-ABOUT_APPROVALS = {"policy.loaded", "policy.adopted", "run.started", "freeze.requested", "freeze.entered"}
-ABOUT_APPROVALS |= {"resume.requested", "resume.applied", "approval.given", "approval.refused"}
-
-
-# -- streams -----------------------------------------------------------------------------------------------------------
-
-
+# -- a stream
 class Stream:
-    """The verification of one stream, under way. `steps` gives every record up to the first break, judged."""
+    """The verification of one stream: what its records come to, and where they say that other streams stand."""
 
-    def __init__(self, run_dir: Path, name: str, keys: list[Key], marks: Iterable[Mark] = ()) -> None:
-        self.run_dir, self.name, self.folder, self.keys = run_dir, name, run_dir / "audit" / name, keys
-        self.log, cache = log_of(run_dir, name), json_in(read(run_dir / "state.json"))
-        self.seq, self.hash, self.epoch, self.edge = 0, GENESIS, 0, list[tuple[int, bytes]]()
-        self.marks = [*marks]
-        if cache.get("stream") == name and type(cache.get("seq")) is int and isinstance(cache.get("hash"), str):
-            self.marks.append(Mark("state.json", cache["seq"], cache["hash"]))
-        self.unmet = {mark.hash for mark in self.marks if mark.seq is None}
-        self.tail = self.proven = self.signed = 0
-        self.key, self.before, self.policies = "", dict[str, Any](), set[str]()
-        self.worst = self.broken = 0
-        self.over = False
-        self.apart: list[int] = []  # up to where a trusted key signed other records than are here
-        self.findings: list[str] = []
-        self.notes: dict[int, Path] = {}
+    def __init__(self, run_dir: Path, name: str, home: str, keys: Keys, marks: Iterable[Mark]) -> None:
+        self.run_dir, self.name, self.keys, self.folder = run_dir, name, keys, run_dir / "audit" / name
+        self.log, self.place = f"{home}{name}" if home else "", str(self.folder)
+        self.seq, self.hash, self.epoch, self.tail, self.proven, self.signed = 0, "0" * 64, 0, 0, 0, 0
+        self.edge: list[tuple[int, bytes]] = []  # the full subtrees at the right edge of the tree: size and root
+        self.key, self.before, self.policies, self.findings = "", dict[str, Any](), {""}, list[str]()
+        self.codes, self.broken, self.over = {Code.OK}, Code.OK, False
+        self.apart = COUNT.stop  # up to where a trusted key signed other records than are here
+        self.others: dict[str, list[Mark]] = {}
         self.permissions = Permissions(owner=name == "controller")
-        self.steps = self._read()
-
-    def find(self, code: int, text: str) -> None:
-        """Keep a finding. The first break of a stream names its class, since what follows may follow from it."""
-        if code in BREAKS:
-            self.broken = self.broken or code
-            self.over = self.over or code != REPLACED  # behind replaced records it may still show who signed both
-        self.worst = max(self.worst, code)
-        self.findings += [text] if len(self.findings) < 50 else []
-
-    def _read(self) -> Iterator[Json]:
+        self.marks: dict[int | str, list[Mark | Path]] = {}  # a path is of a note beside the log
+        for mark in marks:
+            self.marks.setdefault(mark.at, []).append(mark)
         try:
-            home, read_on = self.folder / "checkpoints", 0
-            for path in home.iterdir() if home.is_dir() else ():
-                if re.fullmatch(r"(0|[1-9]\d*)\.note", path.name):
-                    self.notes[int(path.stem)] = path
-            while paths := segments(self.folder)[read_on:]:  # a living writer may have begun another one meanwhile
-                for path in paths:
-                    yield from self._segment(path, last=path == paths[-1])
-                read_on += len(paths)
-            if not read_on or not (self.seq or self.over):
-                self.find(MISSING, f"{self.folder}: there is no log, or no record in it")
-            self._end(any_segment=read_on > 0)
+            self._read()
         except OSError as error:
-            self.find(UNREADABLE, str(error))
+            self.ask(Code.UNREADABLE, need, False, str(error))
 
-    def _segment(self, path: Path, *, last: bool) -> Iterator[Json]:
-        place, named = "", int(path.stem.removeprefix("seg-"))
-        for place, line in lines_of(path):
+    def ask(self, usual: Code, question: Callable[..., Any], *about: Any) -> Any:
+        """What a question comes to; where it raises ValueError, a finding: of this code, if it does not say which."""
+        try:
+            return question(*about)
+        except (ValueError, InvalidSignature) as error:
+            text, code = error.args if len(error.args) == 2 else (str(error) or "a signature is wrong", usual)
+            self.codes.add(code)
+            self.findings += [f"{self.place}: {text}"] if len(self.findings) < 50 else []
+        if code // 10 == 3:  # the first break names the class, since what follows may follow from it
+            self.broken = self.broken or code
+            self.over = self.over or code != Code.REPLACED  # behind replaced records it may still show who signed both
+        return None
+
+    def _read(self) -> None:
+        home = self.folder / "checkpoints"
+        for path in home.iterdir() if home.is_dir() else ():
+            if re.fullmatch(r"[1-9][0-9]{0,15}\.note", path.name):
+                self.marks.setdefault(int(path.stem), []).append(path)
+        for self.place, line, named, last in lines_of(self.folder):  # noqa: B020 - findings say where
             if last and not line.endswith(b"\n") and is_cut(line):
-                self.find(WARN, f"{place}: the last line is cut")
-                return
-            try:
-                record = record_in(line.removesuffix(b"\n"))
-                if not self.over:
-                    self._follows(record, named)
-                    if not line.endswith(b"\n"):
-                        raise Fault(TAMPER, "does not end its line")
-                    self._judge(record, place)
-                    yield record
-                named = 0
-            except Fault as fault:
-                self.find(fault.code, f"{place}: the record {fault}")
-        if not place and not last:
-            self.find(TAMPER, f"{path}: is empty")
+                self.ask(Code.WARN, need, False, "the last line is cut")
+                continue
+            record = self.ask(Code.TAMPER, record_in, line)
+            if record and not self.over and self.ask(Code.TAMPER, self._follows, record, named, line):
+                self._look(record, record["type"], record["body"])
+        self.place = str(self.folder)
+        self.ask(Code.MISSING, need, self.seq or self.over, "there is no log, or no record in it")
+        for at, (mark, *_) in self.marks.items() if segments(self.folder) and not self.over else ():
+            known, origin = isinstance(at, int) and at <= self.seq, mark.origin if isinstance(mark, Mark) else mark
+            self.ask(Code.TRUNCATED, need, known, f"ends at record {self.seq}; {origin} knows of {at}")
+        if self.broken == Code.REPLACED and self.apart <= self.signed:
+            self.broken = Code.FORK
+            self.findings.insert(0, f"{self.place}: a trusted key signed two histories of it")
 
-    def _follows(self, record: Json, named: int) -> None:
-        """Raise Fault unless this is the record that belongs here; `named` for its segment, where it is not 0."""
+    def _follows(self, record: Json, named: int, line: bytes) -> bool:
+        """Whether this is the record that belongs here. Raises ValueError where it is not."""
         seq = record["seq"]
         self.log = self.log or (record["log"] if record["log"].endswith(f"/{self.name}") else "")
-        if record["log"] != self.log:
-            raise Fault(SPLICE, f"{seq} belongs to {record['log']}, not to {self.log}")
-        if seq <= self.seq and self._twin(record):
-            raise Fault(FORK, f"{seq} is there twice, and differs")
-        if (seq, record["prev"]) != (self.seq + 1, self.hash):
-            raise Fault(TAMPER, f"{seq} does not follow record {self.seq}")
-        if record["epoch"] < self.epoch:
-            raise Fault(FORK, f"{seq} goes back to an earlier epoch: old state wrote on")
-        if named not in {0, seq}:
-            raise Fault(TAMPER, f"{seq} is not the one that its segment is named for")
+        need(record["log"] == self.log, "the record is of another run or stream", Code.SPLICE)
+        for _, other, _, _ in lines_of(self.folder) if seq <= self.seq else ():
+            twin = record_or_none(other) or record
+            need(twin["seq"] != seq or twin["hash"] == record["hash"], f"two different records {seq}", Code.FORK)
+        need(seq == self.seq + 1 and record["prev"] == self.hash, "the record does not follow the one before it")
+        need(record["epoch"] >= self.epoch, "the record is of an earlier epoch: old state wrote on", Code.FORK)
+        need(named in {0, seq}, "the record is not the one that its segment is named for")
+        need(line.endswith(b"\n"), "the record does not end its line")
         self.seq, self.hash, self.epoch = seq, record["hash"], record["epoch"]
         size, node = 1, hashlib.sha256(b"\0" + bytes.fromhex(self.hash)).digest()
         while self.edge and self.edge[-1][0] == size:
             size, node = size * 2, hashlib.sha256(b"\1" + self.edge.pop()[1] + node).digest()
         self.edge.append((size, node))
+        return True
 
-    def _root(self) -> bytes:
-        node = self.edge[-1][1]
-        for _, left in reversed(self.edge[:-1]):
-            node = hashlib.sha256(b"\1" + left + node).digest()
-        return node
-
-    def _twin(self, record: Json) -> bool:
-        """Whether the log holds another record of this number: the one case in which it is read again."""
-        for line in (line for path in segments(self.folder) for _, line in lines_of(path)):
-            try:
-                other = record_in(line.removesuffix(b"\n"))
-            except Fault:
-                continue
-            if other["seq"] == record["seq"] and other["hash"] != record["hash"]:
-                return True
-        return False
-
-    def _judge(self, record: Json, place: str) -> None:
-        kind, body, digest, before = record["type"], record["body"], record["policy"], self.before
-        about_anchors = kind in {"anchor.kept", "anchor.failed"} and not body.get("required")
-        self.tail = self.tail if about_anchors else self.seq
+    def _look(self, record: Json, kind: str, body: Json) -> None:
+        """Ask what else has to be so of a record that belongs where it stands."""
+        before, self.before, policy = self.before or record, record, record["policy"]
+        self.tail = self.tail if kind in {"anchor.kept", "anchor.failed"} and not body.get("required") else self.seq
         self.key = str(body.get("key")) if kind == "log.opened" else self.key
-        self.unmet.discard(self.hash)
-        for mark in self.marks:
-            if mark.seq == self.seq or (mark.seq is None and mark.hash == self.hash):
-                self._compare(mark)
-        if self.seq in self.notes:
-            self._beside(self.notes[self.seq])
-        back = before and (before["ts"] > record["ts"])
-        if back or (before and before["boot"] == record["boot"] and before["mono_ns"] > record["mono_ns"]):
-            self.find(WARN, f"{place}: clock_back: a clock of record {self.seq} went back")
-        self.before = record
-        if digest and digest not in self.policies:
-            self.policies.add(digest)
-            if not re.fullmatch(HEX64, digest) or not (self.run_dir / "policy" / f"{digest}.yaml").is_file():
-                self.find(MISSING, f"{place}: the policy {digest} is not there")
+        for mark in (*self.marks.pop(self.seq, ()), *self.marks.pop(self.hash, ())):
+            self.ask(Code.TAMPER, self._compare, mark)
+        if before["ts"] > record["ts"] or (before["boot"] == record["boot"] and before["mono_ns"] > record["mono_ns"]):
+            self.ask(Code.WARN, need, False, "clock_back: a clock went back")
+        if policy not in self.policies:
+            self.policies.add(policy)
+            there = re.fullmatch(HEX64, policy) and (self.run_dir / "policy" / f"{policy}.yaml").is_file()
+            self.ask(Code.MISSING, need, there, f"the policy {policy} is not there")
         if kind == "log.recovered":
-            self.find(WARN, f"{place}: a cut last line was set aside")
-            path = self.folder / str(body.get("file"))
-            if re.fullmatch(r"torn-\d{12}(-\d+)?\.bin", str(body.get("file"))) and path.is_file():
-                with path.open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != body.get("digest"):
-                        raise Fault(TAMPER, f"does not name what was set aside in {path}")
-        for code, text in self.permissions.troubles(record):
-            self.find(code, f"{place}: record {self.seq}: {text}")
+            self.ask(Code.WARN, need, False, "a cut last line was set aside")
+            torn = self.folder / (str(body["file"]) if fits(body, {"file": r"torn-[0-9]{12}(-[0-9]+)?\.bin"}) else "")
+            same = not torn.is_file() or sha256(torn.read_bytes()) == body.get("digest")
+            self.ask(Code.TAMPER, need, same, f"{torn} is not what was set aside")
+        if kind == "streams.committed" and self.name == "controller" and isinstance(body.get("streams"), dict):
+            for name, stands in body["streams"].items():
+                self.ask(Code.PROTOCOL, self._commits, name, stands, f"record {self.seq} of the controller")
+        self.ask(Code.PROTOCOL, self.permissions.acted, kind, body)
+        self.ask(Code.APPROVAL, self.permissions.agreed, kind, body, record)
 
-    def _compare(self, mark: Mark) -> None:
-        if mark.hash != self.hash and (not mark.root or mark.root != self._root()):
-            self.find(REPLACED, f"{self.folder}: the records up to {self.seq} are not those of {mark.origin}")
-            self.apart += [self.seq] if mark.signer else []
-            return
+    def _compare(self, mark: Mark | Path) -> None:
+        """Whether the records so far are those of a mark. Raises ValueError."""
+        if isinstance(mark, Path):  # beside the log: without a signature it proves nothing, and must not contradict it
+            mark = note_in(mark.read_bytes(), str(mark), self.keys, elsewhere=False)
+            need(mark.log == self.log, f"{mark.origin} is of {mark.log}", Code.SPLICE)
+            need(mark.at == self.seq, f"{mark.origin} is of {mark.at} records")
+        root = self.edge[-1][1]
+        for _, left in reversed(self.edge[:-1]):
+            root = hashlib.sha256(b"\1" + left + root).digest()
+        same = mark.stands_for in {self.hash, root}
+        self.apart = self.apart if same or not mark.signers else min(self.apart, self.seq)
+        need(same, f"the records up to {self.seq} are not those of {mark.origin}", mark.otherwise)
         self.proven = self.seq if mark.proves else self.proven
-        self.signed = self.seq if mark.signer and mark.signer == self.key else self.signed
+        self.signed = self.seq if self.key in mark.signers else self.signed
 
-    def _beside(self, path: Path) -> None:
-        """What lies beside the log proves nothing without a signature, and must not contradict it."""
-        try:
-            with path.open("rb") as file:
-                origin, size, root, signer = note_in(file.read(MAX_NOTE_BYTES + 1), self.keys)
-        except Fault as fault:
-            self.find(fault.code, f"{path} {fault}")
-            return
-        if origin != self.log or size != self.seq:
-            self.find(SPLICE if origin != self.log else TAMPER, f"{path}: is of {size} records of {origin}")
-        else:
-            self._compare(Mark(str(path), size, root=root, signer=signer))
-
-    def _end(self, *, any_segment: bool) -> None:
-        known = [(mark.origin, mark.seq) for mark in self.marks] + [
-            (str(path), size) for size, path in self.notes.items()
-        ]
-        for origin, size in known if any_segment else ():
-            if size is not None and size > self.seq:
-                self.find(TRUNCATED, f"{self.folder}: ends at record {self.seq}; {origin} knows of {size}")
-        if any_segment and self.unmet:
-            self.find(TRUNCATED, f"{self.folder}: no record has the hash of the expected head")
-        if self.broken == REPLACED and any(seq <= self.signed for seq in self.apart):
-            self.broken = FORK
-            self.findings.insert(0, f"{self.folder}: a trusted key signed two histories of it")
-
-    def committed(self, seq: int, digest: str, origin: str) -> None:
-        """Read on up to where the controller says that this stream stood, and compare."""
-        while self.seq < seq and next(self.steps, None):
-            pass
-        if self.broken or self.worst == UNREADABLE:
-            return
-        if self.seq < seq:
-            self.find(TRUNCATED, f"{self.folder}: ends at record {self.seq}; {origin} knows of {seq}")
-        elif self.seq > seq:
-            self.find(FORK, f"{self.folder}: {origin} goes back to record {seq}, behind {self.seq}")
-        elif self.hash != digest:
-            self.find(REPLACED, f"{self.folder}: record {seq} is not the one that {origin} names")
-        self.proven = max(self.proven, seq)
-
-    def code(self, *, leads: bool) -> int:
-        """The class of this stream alone. The one that leads has to be signed, where a key is trusted."""
-        if self.worst == UNREADABLE or self.broken or self.worst >= PROTOCOL:
-            return UNREADABLE if self.worst == UNREADABLE else self.broken or self.worst
-        signed = self.signed >= self.tail or not self.keys or not leads
-        return self.worst if self.proven >= self.tail and signed else UNANCHORED
-
-
-def read(path: Path) -> bytes:
-    """What a file holds; nothing where it is not there."""
-    return path.read_bytes() if path.exists() else b""
-
-
-def log_of(run_dir: Path, stream: str) -> str:
-    """The `log` field that records of a stream have by `run.json`; empty where that does not say it."""
-    run = json_in(read(run_dir / "run.json")).get("id")
-    return f"{run}/{stream}" if isinstance(run, str) else ""
-
-
-# -- the run -----------------------------------------------------------------------------------------------------------
-
-
-def verify(run_dir: Path, *, head: str | None = None, keys: list[Key], places: Iterable[Path] = ()) -> Json:
-    """What was found of all streams of a run. Raises Fault for what the reader named wrongly, OSError."""
-    audit = run_dir / "audit"
-    names = sorted(path.name for path in audit.iterdir() if segments(path)) if audit.is_dir() else []
-    names = ["controller", *(name for name in names if name != "controller")]
-    marks = kept_of(run_dir, names, keys, places)
-    if head is not None:
-        match = re.fullmatch(rf"\s*(?:(\d+):)?({HEX64})\s*", head)
-        if match is None:
-            raise Fault(USAGE, f"expected head {head!r} is not SEQ:HASH or HASH")
-        marks["controller"].append(
-            Mark("the expected head", int(match[1]) if match[1] else None, match[2], proves=True)
+    def _commits(self, name: str, stands: Any, origin: str) -> None:
+        """Take in where another stream stands. Raises ValueError where that is no head."""
+        sound = (
+            fits(stands, {"seq": COUNT, "hash": HEX64})
+            and re.fullmatch(r"(?a:\w[\w.-]*)", name)
+            and name != "controller"
         )
-    streams = {name: Stream(run_dir, name, keys, marks[name]) for name in names}
-    lead = streams["controller"]
-    for record in lead.steps:
-        said = record["body"].get("streams") if record["type"] == "streams.committed" and not lead.broken else None
-        for name, told in said.items() if isinstance(said, dict) else ():
-            commit(streams, name, told, f"record {record['seq']} of the controller")
-    for stream in streams.values():
-        list(stream.steps)
-    codes = [stream.code(leads=stream is lead) for stream in streams.values()]
-    code = next((code for code in codes if code in BREAKS), max(codes))
+        need(sound, f"what it says of stream {name} is no head")
+        need(segments(self.run_dir / "audit" / name), f"stream {name} is not there", Code.MISSING)
+        marks, mark = self.others.setdefault(name, []), Mark(origin, stands["seq"], stands["hash"])
+        goes_back = marks and int(marks[-1].at) > stands["seq"]
+        marks += [Mark(f"{origin}, of before", marks[-1].at, "", otherwise=Code.FORK) if goes_back else mark]
+
+    def facts(self) -> Json:
+        """What there is to know of it: its last record, and up to where records are proven and signed."""
+        return {"head": f"{self.seq}:{self.hash}", "proven": self.proven, "signed": self.signed}
+
+    def code(self, *, leads: bool) -> Code:
+        """The class of this stream alone. The one that leads has to be signed, where a key is trusted."""
+        worst = max(self.codes)
+        if self.broken or worst >= Code.PROTOCOL:
+            return worst if worst == Code.UNREADABLE else self.broken or worst
+        signed = self.signed >= self.tail or not self.keys or not leads
+        return worst if self.proven >= self.tail and signed else Code.UNANCHORED
+
+
+# -- the run
+def verify(run_dir: Path, *, head: str | None = None, keys: Keys, kept: Iterable[tuple[Path, list[Mark]]] = ()) -> Json:
+    """What was found of all streams of a run. Raises ValueError for what the reader named wrongly, OSError."""
+    match = re.fullmatch(rf"(?:([0-9]{{1,15}}):)?({HEX64})", (head or "0" * 64).strip())
+    seq, digest = match.groups("") if match else ("", "")
+    need(match, f"expected head {head!r} is not SEQ:HASH or HASH")
+    expected = [Mark("the expected head", int(seq) if seq else digest, digest)] if head else []
+    for place, notes in kept:
+        outside = notes and not place.resolve().is_relative_to(run_dir.resolve())
+        need(outside, f"--anchors {place} holds no checkpoint, or lies beside the log, where it proves nothing")
+    audit, run, cache = run_dir / "audit", object_in(run_dir / "run.json").get("id"), object_in(run_dir / "state.json")
+    names = sorted(path.name for path in audit.iterdir() if segments(path)) if audit.is_dir() else []
+    marks = {"controller": expected} | {name: list[Mark]() for name in names if name != "controller"}
+    home = f"{run}/" if isinstance(run, str) else ""
+    first = () if home else (line for _, line, _, _ in lines_of(audit / "controller"))
+    start = home or (record_or_none(next(iter(first), b"")) or {"log": ""})["log"].removesuffix("controller")
+    for place, notes in kept:
+        ours = [note for note in notes if note.log.startswith(start) and note.log.removeprefix(start) in marks]
+        need(ours, f"--anchors {place} holds nothing of {start}")
+        for note in ours:
+            marks[note.log.removeprefix(start)].append(note)
+    if fits(cache, {"stream": "|".join(map(re.escape, marks)), "seq": COUNT, "hash": (str,)}):
+        marks[cache["stream"]].append(Mark("state.json", cache["seq"], cache["hash"], proves=False))
+    lead = Stream(run_dir, "controller", home, keys, marks["controller"])
+    names = [name for name in {**marks, **lead.others} if name != "controller"]
+    others = [Stream(run_dir, name, home, keys, marks.get(name, []) + lead.others.get(name, [])) for name in names]
+    codes = [lead.code(leads=True), *(stream.code(leads=False) for stream in others)]
+    code = next((code for code in codes if code // 10 == 3), max(codes))
     return {
-        "code": UNREADABLE if UNREADABLE in codes else code,
-        "findings": [text for stream in streams.values() for text in stream.findings],
-        "keys": [key.text for key in keys],
-        "streams": {
-            stream.name: {"head": f"{stream.seq}:{stream.hash}", "proven": stream.proven, "signed": stream.signed}
-            for stream in streams.values()
-        },
+        "code": Code.UNREADABLE if Code.UNREADABLE in codes else code,
+        "findings": [text for stream in (lead, *others) for text in stream.findings],
+        "keys": [vkey for vkey, _ in keys.values()],
+        "streams": {stream.name: stream.facts() for stream in (lead, *others)},
     }
-
-
-def commit(streams: dict[str, Stream], name: str, told: Any, origin: str) -> None:
-    """Hold a stream against what the controller says of it."""
-    lead = streams["controller"]
-    seq, digest = (told.get("seq"), str(told.get("hash"))) if isinstance(told, dict) else (0, "")
-    if (
-        type(seq) is not int
-        or seq < 1
-        or not re.fullmatch(HEX64, digest)
-        or not re.fullmatch(r"(?a:\w[\w.-]*)", name)
-        or name == "controller"
-    ):
-        lead.find(PROTOCOL, f"{origin}: what it says of stream {name} is no head")
-    elif name in streams or segments(lead.run_dir / "audit" / name):
-        streams.setdefault(name, Stream(lead.run_dir, name, lead.keys)).committed(seq, digest, origin)
-    else:
-        lead.find(MISSING, f"{origin}: stream {name} had {seq} records, and is not there")
-
-
-def kept_of(run_dir: Path, names: list[str], keys: list[Key], places: Iterable[Path]) -> dict[str, list[Mark]]:
-    """What was kept elsewhere of each stream. Raises Fault for a place that holds nothing of this run."""
-    marks: dict[str, list[Mark]] = {name: [] for name in names}
-    logs = {log_of(run_dir, name): name for name in names}
-    for place in places:
-        notes = [(origin, *note_in(data, keys)) for origin, data in kept_at(place)]
-        ours = [note for note in notes if note[1] in logs]
-        if not ours or place.resolve().is_relative_to(run_dir.resolve()):
-            raise Fault(USAGE, f"--anchors {place} holds nothing of {', '.join(logs)}, or lies beside it")
-        for origin, log, size, root, signer in ours:
-            proves = bool(signer) or not keys
-            marks[logs[log]].append(Mark(origin, size, root=root, proves=proves, signer=signer))
-    return marks
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -826,21 +628,27 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--anchors", action="append", default=[], type=Path, metavar="PLACE", help="what was kept")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
-    found: Json = {"keys": [], "streams": {}}
+    found: Json = {"code": Code.UNREADABLE, "keys": [], "streams": {}}
     try:
-        found = verify(given.run_dir, head=given.expect_head, keys=[*map(key_in, given.key)], places=given.anchors)
-    except Fault as fault:
-        sys.stderr.write(f"{fault}\n")
-        return USAGE
-    except OSError as error:
-        found |= {"code": UNREADABLE, "findings": [str(error)]}
-    lines = [f"{STATUS[found['code']].upper()} ({found['code']})", *found["findings"]]
-    lines += [f"trusted key: {key}" for key in found["keys"]]
-    lines += [
-        f"stream {name}: {', '.join(f'{k} {v}' for k, v in told.items())}" for name, told in found["streams"].items()
+        keys = dict(map(key_in, given.key))
+        kept = [
+            (at, [note_in(data, place, keys, elsewhere=True) for place, data in kept_at(at)]) for at in given.anchors
+        ]
+        try:
+            found = verify(given.run_dir, head=given.expect_head, keys=keys, kept=kept)
+        except OSError as error:
+            found["findings"] = [str(error)]
+    except (ValueError, OSError, RecursionError, InvalidSignature, subprocess.SubprocessError) as error:
+        sys.stderr.write(f"{str(error) or 'a signature in an anchor is wrong'}\n")
+        return Code.USAGE
+    status = Code(found["code"]).name.lower()
+    lines = [
+        f"{status.upper()} ({found['code']})",
+        *found["findings"],
+        *(f"trusted key: {key}" for key in found["keys"]),
     ]
-    lines = [json.dumps(found | {"status": STATUS[found["code"]]}, sort_keys=True)] if given.json else lines
-    for line in lines:
+    lines += [f"stream {name}: {json.dumps(facts)}" for name, facts in found["streams"].items()]
+    for line in [json.dumps(found | {"status": status}, sort_keys=True)] if given.json else lines:
         sys.stdout.write("".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in line) + "\n")
     return int(found["code"])
 

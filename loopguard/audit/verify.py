@@ -39,7 +39,7 @@ from loopguard.audit.events import (
 from loopguard.audit.segments import DamagedSegmentError, is_packed
 from loopguard.audit.tree import Tree
 from loopguard.consent.book import Book
-from loopguard.errors import UsageError
+from loopguard.errors import AuditError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -66,6 +66,8 @@ STATUS = {
 _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
 _TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin")
 _STREAM = re.compile(r"\w[\w.-]*", re.ASCII)
+_HEAD = re.compile(r"(?:([0-9]{1,15}):)?([0-9a-f]{64})")
+_COUNT = range(1, 2**53)
 _MOST_FINDINGS = 50
 _MOST_LEAVES = 1000
 _CACHE = "state.json"
@@ -179,11 +181,15 @@ def verify(
         names += [name for name in read.streams(run_dir) if name != lead] if stream is None else []
     except OSError as error:
         trouble = f"{error.filename or run_dir}: {error.strerror}"
-    marks = _kept(run_dir, names, anchors, trusted)
-    marks[lead] += _expected(expect_head)
+    cut: list[str] = []
+    expected = _expected(expect_head)
+    marks = _kept(run_dir, names, anchors, trusted, cut)
+    marks[lead] += expected
     audits = [_Audit(run_dir, name, marks[name], trusted, without_payloads=without_payloads) for name in names]
     others = {audit.stream: audit for audit in audits[1:]}
     audits[0].leads = True
+    for text in cut:
+        audits[0].note(text)
     if trouble is not None:
         audits[0].find(UNREADABLE, trouble)
     _run(audits[0], others, alone=stream is not None)
@@ -202,27 +208,38 @@ class _Mark:
     root: bytes = b""
     proves: bool = False
     """Whether it was kept elsewhere, so that agreeing with it means something."""
-    signer: str = ""
-    """The trusted key that signed it."""
+    signers: tuple[str, ...] = ()
+    """The trusted keys that signed it."""
 
 
 def _expected(text: str | None) -> list[_Mark]:
     if text is None:
         return []
-    seq, _, digest = text.strip().rpartition(":")
-    if not is_digest(digest) or (seq and not seq.isdecimal()):
+    match = _HEAD.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"expected head {text!r} is not SEQ:HASH or HASH; copy it from an earlier `audit verify`")
-    return [_Mark(seq=int(seq) if seq else None, hash=digest, origin="the expected head", proves=True)]
+    seq = int(match[1]) if match[1] else None
+    return [_Mark(seq=seq, hash=match[2], origin="the expected head", proves=True)]
 
 
 def _kept(
-    run_dir: Path, names: Sequence[str], anchors: Iterable[Path], trusted: Sequence[keyring.VerifierKey]
+    run_dir: Path,
+    names: Sequence[str],
+    anchors: Iterable[Path],
+    trusted: Sequence[keyring.VerifierKey],
+    cut: list[str],
 ) -> dict[str, list[_Mark]]:
-    """What was kept elsewhere of each stream. Of other runs there may be checkpoints as well, in the same place."""
+    """What was kept elsewhere of each stream; `cut` gets the lines that were passed over.
+
+    Of other runs there may be checkpoints as well, in the same place.
+    """
     marks: dict[str, list[_Mark]] = {name: [] for name in names}
-    logs = {_log_of(run_dir, name): name for name in names}
-    for place in anchors:
-        kept = places.read(Path(place), run_dir=run_dir)
+    found = [(place, places.read(Path(place), run_dir=run_dir, told=cut)) for place in anchors]
+    try:
+        logs = {_log_of(run_dir, name): name for name in names}
+    except OSError:
+        return marks  # whose log it is cannot be read: the verification of the stream says so
+    for place, kept in found:
         ours = [one for one in kept if one.note.checkpoint.origin in logs]
         if not ours:
             origins = ", ".join(sorted({one.note.checkpoint.origin for one in kept}))
@@ -236,7 +253,7 @@ def _kept(
 def _mark_of(kept: places.Kept, trusted: Sequence[keyring.VerifierKey]) -> _Mark:
     checkpoint = kept.note.checkpoint
     try:
-        signer = kept.note.signer(trusted)
+        signers = kept.note.signers(trusted)
     except notes.BadNoteError as error:
         raise UsageError(f"{kept.place}: {error}; it is forged or damaged, take it out") from error
     return _Mark(
@@ -244,21 +261,24 @@ def _mark_of(kept: places.Kept, trusted: Sequence[keyring.VerifierKey]) -> _Mark
         root=checkpoint.root,
         origin=kept.place,
         # Who trusts a key does not want to be shown what others could have written.
-        proves=not trusted or signer is not None,
-        signer=str(signer or ""),
+        proves=not trusted or bool(signers),
+        signers=tuple(map(str, signers)),
     )
 
 
 def _log_of(run_dir: Path, stream: str) -> str:
-    """The name that all records of a stream carry, by `run.json`, or by the log itself where there is none."""
-    with contextlib.suppress(OSError):  # the verification of the stream says so
-        run = _json(run_dir / "run.json").get("id")
-        if isinstance(run, str):
-            return f"{run}/{stream}"
-        for path in read.segments(run_dir, stream):
-            with contextlib.suppress(BadLineError, DamagedSegmentError):
-                for line in read.raw_lines(path):
-                    return decode(line.data).log
+    """The name that all records of a stream carry, by `run.json`, or by the log itself where there is none.
+
+    Raises OSError.
+    """
+    run = _json(run_dir / "run.json").get("id")
+    if isinstance(run, str):
+        return f"{run}/{stream}"
+    for path in read.segments(run_dir, stream):
+        with contextlib.suppress(BadLineError, DamagedSegmentError):
+            for line in read.raw_lines(path):
+                log = decode(line.data).log
+                return log if log.endswith(f"/{stream}") else f"/{stream}"
     return f"/{stream}"
 
 
@@ -362,7 +382,7 @@ def twins(run_dir: Path, stream: str) -> Callable[[int], set[str]]:
     def look(seq: int) -> set[str]:
         member = f',"seq":{seq},"ts":'.encode("ascii")
         found = set()
-        with contextlib.suppress(DamagedSegmentError):  # said where it is read in its turn
+        with contextlib.suppress(DamagedSegmentError, AuditError):  # said where it is read in its turn
             for line in read.lines(run_dir, stream):
                 if member in line.data:
                     try:
@@ -512,7 +532,7 @@ def _commit(lead: _Audit, others: dict[str, _Audit], entry: Entry, place: str) -
 
 def _head(told: Any) -> Head | None:
     seq, digest = (told.get("seq"), told.get("hash")) if isinstance(told, dict) else (None, None)
-    if type(seq) is int and seq > 0 and isinstance(digest, str) and is_digest(digest):
+    if type(seq) is int and seq in _COUNT and isinstance(digest, str) and is_digest(digest):
         return Head(seq, digest)
     return None
 
@@ -900,7 +920,7 @@ class _Audit:
         if mark.hash == entry.hash or (mark.root and self.chain.tree and self.chain.tree.root() == mark.root):
             self._agreed(mark, entry.seq)
             return
-        if mark.signer:
+        if mark.signers:
             self._apart.append(mark)
         if mark.root:
             self.find(REPLACED, f"{place}: records 1-{entry.seq} are not the ones that {mark.origin} stands for")
@@ -910,20 +930,19 @@ class _Audit:
     def _agreed(self, mark: _Mark, seq: int) -> None:
         if mark.proves:
             self.anchored_at = max(self.anchored_at, seq)
-        if mark.signer and mark.signer == self._key:
+        if self._key in mark.signers:
             self.signed_to = max(self.signed_to, seq)
-            name = mark.signer.partition("+")[0]
+            name = self._key.partition("+")[0]
             self.signers += [name] if name not in self.signers else []
-        elif mark.signer:
-            self.note(
-                f"{mark.origin} is signed by {mark.signer}, which was not the key of the log then: it proves nothing"
-            )
+        elif mark.signers:
+            signer = mark.signers[0]
+            self.note(f"{mark.origin} is signed by {signer}, which was not the key of the log then: it proves nothing")
 
     def _compare_beside(self, path: Path, entry: Entry | Head, place: str) -> None:
         """A checkpoint that lies beside the log: no proof without a key, but one that contradicts the log is a sign."""
         try:
             note = notes.Note.parse(notes.read(path))
-            signer = note.signer(self.trusted)
+            signers = note.signers(self.trusted)
         except notes.BadNoteError as error:
             self.find(TAMPER, f"{path}: {error}")
             return
@@ -933,7 +952,7 @@ class _Audit:
         elif checkpoint.size != entry.seq:
             self.find(TAMPER, f"{path}: stands for {checkpoint.size} records, unlike its name")
         else:
-            mark = _Mark(seq=entry.seq, root=checkpoint.root, origin=str(path), signer=str(signer or ""))
+            mark = _Mark(seq=entry.seq, root=checkpoint.root, origin=str(path), signers=tuple(map(str, signers)))
             self._compare(mark, entry, place)
 
     def _expect_beside(self) -> None:
@@ -943,7 +962,7 @@ class _Audit:
             self.chain.log = f"{facts['id']}/{self.stream}"
         cache = _json(self.run_dir / "state.json")
         seq, digest = cache.get("seq"), cache.get("hash")
-        if cache.get("stream") == self.stream and type(seq) is int and seq > 0 and isinstance(digest, str):
+        if cache.get("stream") == self.stream and type(seq) is int and seq in _COUNT and isinstance(digest, str):
             self.marks.append(_Mark(seq=seq, hash=digest, origin=_CACHE))
         for mark in self.marks:
             if mark.seq is None:

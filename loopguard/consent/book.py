@@ -22,7 +22,7 @@ from loopguard.consent.sshsig import (
     stamp,
     verifies,
 )
-from loopguard.consent.statement import SENTENCES, Code, RefusedError, Rule, Statement, read_time
+from loopguard.consent.statement import MOST_APPROVALS, SENTENCES, Code, RefusedError, Rule, Statement, read_time
 from loopguard.types import NOTHING
 
 if TYPE_CHECKING:
@@ -116,7 +116,10 @@ class Book:
         self._hashes: dict[int, str] = {}
         self._hash_at = hash_at or self._hashes.get
         self._start_before: str | None = None
+        """Where a loop has to start before anything goes on: until when."""
         self._overdue: str | None = None
+        self._runs = False
+        """Whether a loop started since the log was opened, and not only a command."""
         self._adopted: tuple[str, str, bool] | None = None
         """From which policy to which, and whether people agreed; until that one is loaded."""
 
@@ -124,6 +127,7 @@ class Book:
         """Begin behind records that are gone, and left nothing under way: the body of the last `policy.loaded`."""
         if policy is not None:
             self._load(policy)
+        self._runs = True  # whether a loop had started is gone with them; the next opening says it anew
 
     def quiet(self, *, at: str) -> bool:
         """Whether nothing is under way by now that a later record could rest on, but the rule itself."""
@@ -136,6 +140,8 @@ class Book:
         if entry.type in _TAKEN:
             self._take(entry)
             self._tick(entry.ts)
+        elif entry.type == "log.opened":
+            self._runs = False
         if self.freeze is not None:  # also under no rule: the one that people sign by may be adopted while frozen
             self._hashes[entry.seq] = entry.hash
 
@@ -146,9 +152,10 @@ class Book:
                 self._load(body)
             case "policy.adopted":
                 self._adopted = str(body.get("from")), str(body.get("to")), self._agreed(entry)
-            case "run.started" if self._start_before is not None:
+            case "run.started":
+                self._runs = True
                 # The later of both: a clock that was set back makes nothing last longer.
-                if max(entry.ts, self.latest) > self._start_before:
+                if self._start_before is not None and max(entry.ts, self.latest) > self._start_before:
                     self._overdue = self._start_before
                 self._start_before = None
             case "freeze.requested":
@@ -204,17 +211,18 @@ class Book:
             return "target"
         return "expired" if max(now, self.latest) >= statement.expires else None
 
-    def judge(self, armored: str, *, now: str) -> Approval:
+    def judge(self, armored: str, *, now: str | None) -> Approval:
         """The approval in a text, for the request that waits. Raises RefusedError where it does not count.
 
-        Whether the request itself still stands is asked with `fault`.
+        Without `now` nobody asks whether the key counts at that time. Whether the request itself still stands is asked
+        with `fault`.
         """
         if self.rule is None or self.pending is None:
             raise RefusedError("nothing_pending")
         signature = _signature(armored)
         person, key = _whose(self.rule, signature)
         known = {"person": person, "key": key.fingerprint}
-        if not key.counts_at(now):
+        if now is not None and not key.counts_at(now):
             raise RefusedError("key_expired", **known)
         if not _signed(signature, key, self.pending.statement):
             raise RefusedError(self._misplaced(signature, key), **known)
@@ -244,19 +252,19 @@ class Book:
                     yield "a loosened guard policy was adopted, and no resume that people approved says so"
             case "policy.loaded" if self.rule is not None and owner:
                 yield from self._policy_troubles(entry, self.rule)
-            case kind if kind in _ACTS and self._overdue is not None:
-                yield f"the run went on, though it was to be started before {self._overdue}"
-                self._overdue = None
+            case kind if kind in _ACTS and owner and (until := self._overdue or self._start_before) is not None:
+                yield f"the run went on, and was not started before {until}"
+                self._overdue = self._start_before = None
             case _:
                 pass  # every other record needs nobody's approval
 
     # What a record changes
 
     def _load(self, body: Mapping[str, Any]) -> None:
+        if body.get("digest") != self.policy:
+            self.change = None
         self.policy = str(body.get("digest"))
         self.rule = _rule(body)
-        if self.change is not None and self.change.new == self.policy:
-            self.change = None
         self._adopted = None
 
     def _freeze(self, entry: Entry) -> None:
@@ -339,7 +347,7 @@ class Book:
 
     def _agreed(self, entry: Entry) -> bool:
         old, new = str(entry.body.get("from")), str(entry.body.get("to"))
-        return self.may_adopt(old, new, now=entry.ts) is not None
+        return self.may_adopt(old, new, now=max(entry.ts, self.latest)) is not None
 
     # What is wrong
 
@@ -356,15 +364,15 @@ class Book:
     def _approval_troubles(self, entry: Entry) -> Iterator[str]:
         """A list of who agreed is read by people who check no signature."""
         body = entry.body
-        if self.pending is None or body.get("request") != self.pending.request:
+        fault = self.pending.fault or ("clock" if _earlier(entry.ts, self.latest) else None) if self.pending else None
+        if self.pending is None or body.get("request") != self.pending.request or fault:
             yield "an approval was counted for a request that did not wait"
             return
         try:
-            given = self.judge(str(body.get("signature")), now=entry.ts)
-        except RefusedError as error:
             # A key may run out before the record is written; who lets the run go on by it is judged again.
-            if error.code != "key_expired":
-                yield f"an approval was counted that does not count ({error.code}): {error}"
+            given = self.judge(str(body.get("signature")), now=None)
+        except RefusedError as error:
+            yield f"an approval was counted that does not count ({error.code}): {error}"
             return
         told = {**given.facts(), "statement_sha256": self.pending.statement.digest}
         yield from (f"an approval of {given.person} says something else of its {name}" for name in _lies(body, told))
@@ -399,6 +407,19 @@ class Book:
             yield f"the resume of {freeze} was never asked for in this log"
         elif owner and (code := self.fault(now=judged, policy=statement.policy, target=None)):
             yield f"the resume of {freeze} was not to be granted ({code}): {SENTENCES[code]}"
+        goes_on = entry.type == "resume.applied"
+        if owner and goes_on and not self._starts_in_time(body.get("execute_before"), judged, rule):
+            yield f"the resume of {freeze} does not say by when the run has to be started"
+
+    def _starts_in_time(self, until: Any, judged: str, rule: Rule) -> bool:
+        """Whether a resume says until when the run has to be started; it need not where a loop was there to go on."""
+        if until is None:
+            return self._runs
+        try:
+            lasts_s = (_moment(read_time(until)) - _moment(judged)).total_seconds()
+        except ValueError:
+            return False
+        return 0 <= lasts_s <= rule.execute_within_s
 
     def _policy_troubles(self, entry: Entry, rule: Rule) -> Iterator[str]:
         digest, asks = str(entry.body.get("digest")), _rule(entry.body)
@@ -418,8 +439,8 @@ def count(rule: Rule, statement: Statement, given: Any, *, now: str) -> list[App
 
     Raises RefusedError for the first that does not, ValueError where there are too few.
     """
-    if not isinstance(given, Sequence):
-        raise ValueError("it names no approvals")
+    if not isinstance(given, Sequence) or len(given) > MOST_APPROVALS:
+        raise ValueError(f"it names no approvals, or more than {MOST_APPROVALS}")
     counted: list[Approval] = []
     for each in given:
         armored = each.get("signature") if isinstance(each, Mapping) else None

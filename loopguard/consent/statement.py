@@ -49,6 +49,8 @@ SENTENCES: dict[Code, str] = {
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _MOST_S = 1e8
+MOST_APPROVALS = 64
+"""Of one resume. A guard policy asks for far fewer; a record that names thousands is not to keep a reader busy."""
 _NONCE = re.compile(r"[0-9a-f]{32}")
 
 
@@ -80,7 +82,7 @@ class Rule:
     def read(cls, value: Any) -> Self:
         """The rule in a record. Raises ValueError where it is none."""
         try:
-            people = {str(name): tuple(map(str, keys)) for name, keys in value["people"].items()}
+            people = {str(name): _key_lines(keys) for name, keys in value["people"].items()}
             rule = cls(
                 approvals=value["approvals"],
                 people=people,
@@ -92,8 +94,10 @@ class Rule:
             raise ValueError(f"no rule about resumes: {error}") from error
         if not all(type(s) in (int, float) and 0 < s <= _MOST_S for s in (rule.within_s, rule.execute_within_s)):
             raise ValueError(f"no rule about resumes: it lasts {rule.within_s!r} and {rule.execute_within_s!r} seconds")
-        if type(rule.approvals) is not int or rule.approvals < 1 or type(rule.requester_may_approve) is not bool:
+        if type(rule.approvals) is not int or not 1 <= rule.approvals <= MOST_APPROVALS:
             raise ValueError(f"no rule about resumes: {rule.approvals!r} approvals")
+        if type(rule.requester_may_approve) is not bool:
+            raise ValueError(f"no rule about resumes: requester_may_approve is {rule.requester_may_approve!r}")
         return rule
 
     def facts(self) -> dict[str, Any]:
@@ -149,7 +153,7 @@ class Statement:
     @classmethod
     def read(cls, value: Any) -> Self:
         """The statement in a request or a record. Raises ValueError naming the member that is wrong."""
-        if not isinstance(value, dict) or value.get("v") != 1:
+        if not isinstance(value, dict) or type(value.get("v")) is not int or value["v"] != 1:
             raise ValueError("it is not a statement of version 1")
         fields: dict[str, Any] = {name: value.get(name) for name in cls.__slots__}
         if value.keys() != {*fields, "v"}:
@@ -185,6 +189,13 @@ def read_time(value: Any) -> str:
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         raise ValueError(f"{value!r} is no time of a record"[:120])
     return value
+
+
+def _key_lines(value: Any) -> tuple[str, ...]:
+    """The lines of a person's keys. Raises TypeError where they are none."""
+    if not isinstance(value, (list, tuple)) or not all(isinstance(line, str) for line in value):
+        raise TypeError("the keys of a person are not lines of text")
+    return tuple(value)
 
 
 def _fits(name: str, value: Any) -> bool:

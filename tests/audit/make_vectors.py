@@ -405,6 +405,38 @@ def tamper_depth(home):
     return tampered(home, lambda lines: [*lines[:2], deeper(hashed(lines[2], cause=[deep])), *lines[3:]])
 
 
+@vector(0, "objects and lists lie within one another as deeply as in no record of ours")
+def ok_depth(home):
+    log = plain(home)
+    log.add("note.added", {"text": json.loads("[" * 62 + "]" * 62)})
+    log.write()
+    return {"head": log.head}
+
+
+@vector(30, "a time is none")
+def tamper_time(home):
+    return tampered(home, lambda lines: [*lines[:2], hashed(lines[2], ts="2030-13-01T00:00:00.000000Z"), *lines[3:]])
+
+
+@vector(30, "a note has 65 signatures")
+def tamper_note_signatures(home):
+    log = plain(home, key=KEY)
+    note = log.checkpoint()
+    log.store(note + note.splitlines(keepends=True)[-1] * 64)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(20, "a note has 64 signatures, and the last one is of the key that the log names")
+def unanchored_note_of_many(home):
+    log = plain(home, key=KEY)
+    note, other = log.checkpoint(), log.checkpoint(key=OTHER_KEY).splitlines(keepends=True)[-1]
+    text, own = note.rsplit("\n", 2)[0], note.splitlines(keepends=True)[-1]
+    log.store(f"{text}\n{other * 63}{own}")
+    log.write()
+    return {"keys": [str(OTHER_KEY.public), VKEY]}
+
+
 @vector(30, "a note names a trusted key, and the key did not sign it")
 def tamper_signature(home):
     log = plain(home, key=KEY)
@@ -722,10 +754,10 @@ def protocol_commitment(home):
 
 
 class Person:
-    """Somebody with an Ed25519 key, on a security key where they `touch` it."""
+    """Somebody with an Ed25519 key, on a security key where they `touch` it; `armor` is how long signatures are."""
 
-    def __init__(self, name, number, *, touch=False):
-        self.name, self.touch = name, touch
+    def __init__(self, name, number, *, touch=False, armor=0):
+        self.name, self.touch, self.armor = name, touch, armor
         self.private = Ed25519PrivateKey.from_private_bytes(bytes([number]) * 32)
         self.kind = b"sk-ssh-ed25519@openssh.com" if touch else b"ssh-ed25519"
         application = (b"ssh:",) if touch else ()
@@ -742,6 +774,7 @@ class Person:
         blob = b"SSHSIG\0\0\0\1" + packed(self.blob, namespace, b"", b"sha512", proper)
         lines = textwrap.wrap(base64.b64encode(blob).decode(), 70)
         armored = "\n".join(["-----BEGIN SSH SIGNATURE-----", *lines, "-----END SSH SIGNATURE-----", ""])
+        armored = armored.ljust(self.armor, "\n")
         fingerprint = base64.b64encode(hashlib.sha256(self.blob).digest()).decode().rstrip("=")
         return {"person": self.name, "key": f"SHA256:{fingerprint}", "signature": armored}
 
@@ -757,6 +790,7 @@ def packed(*parts):
 DANA, DANA_TOO, ELI, FAY = Person("dana", 1), Person("dana", 2), Person("eli", 3), Person("fay", 4, touch=True)
 STRANGER = Person("mallory", 5)
 OLD = Person("gus", 6)
+CROWD = [Person(f"person-{number}", number) for number in range(100, 165)]
 RULE = {
     "approvals": 2,
     "people": {
@@ -772,15 +806,15 @@ RULE = {
 
 
 class Frozen(Log):
-    """A run whose guard policy asks two people, frozen."""
+    """A run whose guard policy asks two people, frozen; with a loop that waits, or with a command alone."""
 
-    def __init__(self, home, *, adopted=False, **rule):
+    def __init__(self, home, *, loop=True, adopted=False, **rule):
         """Where it is `adopted`, the rule came while the run was frozen."""
         super().__init__(home)
         self.rule = RULE | rule
         asks = {"name": "two", "digest": POLICY, "resume": self.rule}
         self.add("policy.loaded", {"name": "none", "digest": LOOSER} if adopted else asks)
-        self.add("note.added", {})
+        self.add("run.started" if loop else "note.added", {})
         self.entered = self.add("freeze.entered", {"freeze": "f1"})
         if adopted:
             self.add(
@@ -800,6 +834,8 @@ class Frozen(Log):
             "head_hash": self.hash,
             "disposition": "rollback",
             "target": "nothing",
+            "waives": "nothing",
+            "waives_cycles": 0,
             "policy": POLICY,
             "next_policy": POLICY,
             "policy_change": "none",
@@ -820,7 +856,8 @@ class Frozen(Log):
             body = {"request": "r1", "approval": f"a{number}", "of": 2, "statement_sha256": signed}
             self.add("approval.given", body | approval)
         body = {"freeze": statement["freeze"], "by": statement["requester"], "reason": statement["reason"]}
-        body |= {"disposition": "rollback", "approval": "signed", "statement": statement, "approvals": approvals}
+        body |= {name: statement.get(name) for name in ("disposition", "waives", "waives_cycles")}
+        body |= {"approval": "signed", "statement": statement, "approvals": approvals}
         body |= {"statement_sha256": signed, "judged": stamp(self.now + 1), "execute_before": None}
         self.add("resume.applied", body | changes)
 
@@ -869,6 +906,203 @@ def adopt(log, *, agreed, after=0):
     log.now += after
     log.add("policy.adopted", {"from": POLICY, "to": LOOSER, "change": "loosened", "by": "sam", "reason": "x"})
     log.add("policy.loaded", {"name": "one", "digest": LOOSER, "resume": log.rule | {"approvals": 1}})
+
+
+@vector(0, "a command let it go on, and a loop was started in time")
+def ok_started_in_time(home):
+    log = started(Frozen(home, loop=False), execute_s=60, after_s=59)
+    return log.end()
+
+
+def started(log, *, execute_s, after_s):
+    """A resume of the command, and a loop that goes on after it."""
+    statement = log.ask()
+    approvals = [person.approval(statement) for person in (DANA, ELI)]
+    log.resume(statement, approvals, execute_before=stamp(log.now + len(approvals) + 1 + execute_s))
+    log.now += after_s - 1
+    log.add("run.started", {"goes_on": True})
+    log.add("cycle.started", {})
+    return log
+
+
+@vector(0, "a policy asks for approvals from a restart on that came after the freeze")
+def ok_rule_after_the_freeze(home):
+    log = Frozen(home)
+    log.lines, log.tree, log.seq, log.hash = [], Tree(), 0, "0" * 64
+    log.add("log.opened", {"pid": 1, "versions": {}})
+    log.add("policy.loaded", {"name": "none", "digest": LOOSER})
+    log.entered = log.add("freeze.entered", {"freeze": "f1"})
+    log.add("log.opened", {"pid": 2, "versions": {}})
+    log.add("policy.adopted", {"from": LOOSER, "to": POLICY, "change": "tightened"})
+    log.add("policy.loaded", {"name": "two", "digest": POLICY, "resume": RULE})
+    log.add("run.started", {"goes_on": True})
+    statement = log.ask()
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(0, "another stream holds a resume that was for a start in time, and goes on when that time is long over")
+def ok_other_stream_goes_on_later(home):
+    log = Frozen(home, loop=False)
+    rank = Log(home, stream="rank-1")
+    rank.add("policy.loaded", {"name": "two", "digest": POLICY, "resume": RULE})
+    rank.add("freeze.entered", {"freeze": "f1"})
+    started(log, execute_s=60, after_s=59)
+    (resume,) = (json.loads(line) for line in log.lines if b'"resume.applied"' in line)
+    rank.now = log.now
+    rank.add("run.started", {"goes_on": True})
+    rank.add("resume.applied", resume["body"])
+    rank.now += 1000
+    rank.add("log.opened", {"pid": 2, "versions": {}})
+    rank.add("run.started", {"goes_on": True})
+    rank.add("cycle.started", {})
+    log.commit(rank)
+    rank.write()
+    return log.end()
+
+
+@vector(0, "a signature of 8192 characters is not too long")
+def ok_long_signature(home):
+    return approved(home, Person("dana", 1, armor=8192), ELI)
+
+
+@vector(41, "a signature of 8193 characters is")
+def approval_long_signature(home):
+    return approved(home, Person("dana", 1, armor=8193), ELI)
+
+
+@vector(0, "a resume by 64 people")
+def ok_64_approvals(home):
+    return approved(home, *CROWD[:64], rule=crowded())
+
+
+@vector(41, "a resume by 65 people, which is more than one takes")
+def approval_65_approvals(home):
+    return approved(home, *CROWD, rule=crowded())
+
+
+@vector(41, "a rule that asks for 65 approvals is one that nobody satisfies")
+def approval_rule_of_65(home):
+    return approved(home, *CROWD, rule=crowded(approvals=65))
+
+
+def crowded(**changes):
+    return {"people": {person.name: [person.line] for person in CROWD}} | changes
+
+
+@vector(0, "a person without a key takes nothing away")
+def ok_rule_without_a_key(home):
+    return approved(home, DANA, ELI, rule={"people": RULE["people"] | {"ivy": []}})
+
+
+@vector(41, "the keys of a person are no list, so that the rule is one that nobody satisfies")
+def approval_rule_of_a_text(home):
+    return approved(home, DANA, ELI, rule={"people": RULE["people"] | {"ivy": "ssh-ed25519 AAAA"}})
+
+
+@vector(41, "a statement has a member more than it should")
+def approval_statement_member(home):
+    return approved(home, DANA, ELI, statement={"more": 1})
+
+
+@vector(41, "a statement says that it is of version true")
+def approval_statement_version(home):
+    return approved(home, DANA, ELI, statement={"v": True})
+
+
+@vector(0, "a statement with a reason of 8192 characters, as long as one may be")
+def ok_statement_long_reason(home):
+    return approved(home, DANA, ELI, statement={"reason": "x" * 8192})
+
+
+@vector(41, "a statement with a reason of 8193 characters")
+def approval_statement_long_reason(home):
+    return approved(home, DANA, ELI, statement={"reason": "x" * 8193})
+
+
+@vector(41, "a statement without a reason")
+def approval_statement_without_a_reason(home):
+    return approved(home, DANA, ELI, statement={"reason": ""})
+
+
+@vector(41, "a time of a statement is none, though it is spelled as one")
+def approval_statement_time(home):
+    return approved(home, DANA, ELI, statement={"expires": "2030-02-30T00:00:00.000000Z"})
+
+
+@vector(41, "a request that cannot be read takes nothing away from the one that waits, and lets nobody go on")
+def approval_not_asked_for_in_full(home):
+    log = Frozen(home)
+    statement = log.ask(nonce="1" * 31)
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(0, "a request that cannot be read takes nothing away from the one that waits")
+def ok_beside_a_request_that_cannot_be_read(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.ask(request="r2", nonce="1" * 31)
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "the command let it go on as if a loop had been there to do so")
+def approval_no_loop_was_there(home):
+    log = Frozen(home, loop=False)
+    statement = log.ask()
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "a loop was there, and the log was opened anew since")
+def approval_no_loop_was_there_any_more(home):
+    log = Frozen(home)
+    log.add("log.opened", {"pid": 2, "versions": {}})
+    statement = log.ask()
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "the resume gives itself more time for a start than the policy does")
+def approval_start_too_late_allowed(home):
+    return started(Frozen(home), execute_s=61, after_s=2).end()
+
+
+@vector(41, "until when the run has to be started is no time")
+def approval_start_before_nothing(home):
+    return approved(home, DANA, ELI, execute_before="~")
+
+
+@vector(41, "the run went on, and no loop was started since the resume")
+def approval_went_on_without_a_start(home):
+    log = Frozen(home, loop=False)
+    statement = log.ask()
+    approvals = [person.approval(statement) for person in (DANA, ELI)]
+    log.resume(statement, approvals, execute_before=stamp(log.now + 60))
+    log.add("cycle.started", {})
+    return log.end()
+
+
+@vector(41, "an approval was counted for a request that a freeze had ended")
+def approval_given_after_a_new_trip(home):
+    log = Frozen(home)
+    statement = log.ask()
+    log.add("freeze.requested", {"by": "eli", "reason": "no", "request": "r2", "freeze": None})
+    body = {"request": "r1", "approval": "a1", "of": 2}
+    body["statement_sha256"] = hashlib.sha256(signed_bytes(statement)).hexdigest()
+    log.add("approval.given", body | DANA.approval(statement))
+    return log.end()
+
+
+@vector(41, "an approval was counted with a key that had run out, and its signature is over something else")
+def approval_counted_with_other_bytes(home):
+    log = Frozen(home)
+    statement = log.ask()
+    body = {"request": "r1", "approval": "a1", "of": 2}
+    body["statement_sha256"] = hashlib.sha256(signed_bytes(statement)).hexdigest()
+    log.add("approval.given", body | OLD.approval(statement | {"nonce": "1" * 32}))
+    return log.end()
 
 
 @vector(41, "nobody approved, where two people have to")
@@ -1077,14 +1311,7 @@ def approval_loosened_late(home):
 
 @vector(41, "the run was started later than people had agreed to, and went on")
 def approval_started_late(home):
-    log = Frozen(home)
-    statement = log.ask()
-    approvals = [person.approval(statement) for person in (DANA, ELI)]
-    log.resume(statement, approvals, execute_before=stamp(log.now + 60))
-    log.now += 100
-    log.add("run.started", {"goes_on": True})
-    log.add("cycle.started", {})
-    return log.end()
+    return started(Frozen(home, loop=False), execute_s=60, after_s=61).end()
 
 
 # -- 42, 50 and 2 ------------------------------------------------------------------------------------------------------
@@ -1171,6 +1398,43 @@ def usage_anchor_of_another_run(home):
     plain(home, run="run-b").keep()
     plain(home).write()
     return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(0, "a crash cut a line of what was kept, and the next one stands behind it")
+def ok_kept_beside_a_cut_line(home):
+    log = plain(home)
+    log.keep()
+    whole = (home / "anchors.jsonl").read_text()
+    (home / "anchors.jsonl").write_text(whole[:-20] + "\n" + whole + whole[:50])
+    log.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(2, "all that was kept was cut")
+def usage_cut_line(home):
+    log = plain(home)
+    log.keep()
+    whole = (home / "anchors.jsonl").read_text()
+    (home / "anchors.jsonl").write_text(whole[:-3])
+    log.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(2, "a line of what was kept is damaged, which no crash does")
+def usage_damaged_line(home):
+    log = plain(home)
+    log.keep()
+    whole = (home / "anchors.jsonl").read_text()
+    (home / "anchors.jsonl").write_text(whole.replace("\\n", "\\x", 1) + whole)
+    log.write()
+    return {"anchors": ["anchors.jsonl"]}
+
+
+@vector(2, "a number of digits beyond all counting is no head")
+def usage_head_of_many_digits(home):
+    log = plain(home)
+    log.write()
+    return {"head": f"{'1' * 5000}:{log.hash}"}
 
 
 @vector(2, "a kept checkpoint was cut")

@@ -420,7 +420,8 @@ class TestAnchors:
         [
             ("", "holds no log checkpoint"),
             ("nothing of ours\n", "holds no log checkpoint"),
-            ('{"checkpoint":"run-a', "is cut or damaged"),
+            ('{"checkpoint":"run-a', "holds no log checkpoint .*anchors:1: .* is cut there"),
+            ('{"checkpoint":"run-a\\x"}', "is damaged"),
             (json.dumps({"checkpoint": "run-a\n7\n"}, separators=(",", ":")), "three lines"),
         ],
     )

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import ast
+import base64
 import filecmp
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
+from typing import ClassVar
 
 import make_vectors
 import pytest
 import test_audit_attacks as attacks
 import test_audit_verify as forgeries
 from audit_stories import frozen_twice, open_log
+from cryptography.exceptions import InvalidSignature
+from people import Person
 
 from loopguard.audit import read, standalone
 from loopguard.audit.anchors import Anchor
+from loopguard.audit.events import encode
 from loopguard.audit.verify import STATUS, verify
 from loopguard.errors import UsageError
 
@@ -179,6 +185,10 @@ class TestAlone:
         command = [sys.executable, "-I", "standalone.py", *map(str, words)]
         return subprocess.run(command, cwd=tmp_path / "alone", capture_output=True, text=True, check=False)
 
+    def test_an_auditor_can_read_it(self):
+        """All of it, blank lines and docstrings included; whatever comes to the format has to find room."""
+        assert len(FILE.read_text().splitlines()) < 650
+
     def test_it_needs_the_standard_library_and_cryptography(self):
         imported = {name.partition(".")[0] for name in imports(ast.parse(FILE.read_text()))}
         assert imported - sys.stdlib_module_names == {"cryptography"}
@@ -220,6 +230,137 @@ class TestAlone:
         before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
         assert alone(tmp_path / "run") == 20
         assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+class TestApprovals:
+    """Every kind of key that ssh-keygen has and we take, and what it makes of the same text otherwise."""
+
+    STATEMENT: ClassVar = {"requester": "sam"}
+    MESSAGE = b'{"requester":"sam"}\n'
+
+    def counted(self, armored, line, at="2030-06-01T00:00:00.000000Z", **rule):
+        rule = {"people": {"dana": [line]}, "requester_may_approve": False} | rule
+        return standalone.approval_in({"signature": armored}, self.STATEMENT, rule, set(), at)
+
+    @pytest.mark.parametrize("kind", ["ed25519", "p256", "rsa", "sk"])
+    @pytest.mark.parametrize("digest", ["sha256", "sha512"])
+    def test_one_of_each_kind_counts(self, kind, digest):
+        dana = Person("dana", kind)
+        found = self.counted(dana.sign(self.MESSAGE, digest=digest), dana.line)
+        assert (found["person"], found["key"]) == ("dana", dana.fingerprint)
+
+    @pytest.mark.parametrize("kind", ["ed25519", "p256", "rsa", "sk"])
+    def test_over_other_bytes_it_does_not(self, kind):
+        dana = Person("dana", kind)
+        with pytest.raises((ValueError, InvalidSignature)):
+            self.counted(dana.sign(self.MESSAGE + b" "), dana.line)
+
+    @pytest.mark.parametrize(
+        ("kind", "how"),
+        [
+            ("ed25519", {"namespace": "git"}),
+            ("ed25519", {"digest": "sha384"}),
+            ("ed25519", {"version": 2}),
+            ("ed25519", {"algorithm": "ssh-ed448"}),
+            ("rsa", {"algorithm": "ssh-rsa"}),
+            ("sk", {"touched": 0}),
+        ],
+    )
+    def test_made_in_another_way_it_does_not(self, kind, how):
+        dana = Person("dana", kind)
+        with pytest.raises((ValueError, InvalidSignature)):
+            self.counted(dana.sign(self.MESSAGE, **how), dana.line)
+
+    def test_a_short_rsa_key_does_not(self):
+        dana = Person("dana", "rsa", bits=1024)
+        with pytest.raises(ValueError, match="too short"):
+            self.counted(dana.sign(self.MESSAGE), dana.line)
+
+    @pytest.mark.parametrize(
+        ("options", "counts"),
+        [
+            ('valid-after="20300601Z"', True),
+            ('valid-after="20300601000001Z"', False),
+            ('valid-before="203006010001Z"', True),
+            ('VALID-BEFORE="20300601Z"', False),
+            ('namespaces="git,loopguard-approve@v1",valid-after="20300101Z"', True),
+            ('namespaces="git"', False),
+            ('valid-after="20300231Z"', False),
+            ('valid-after="2030Z"', False),
+            ("cert-authority", False),
+        ],
+    )
+    def test_options_of_a_key_are_those_of_ssh(self, options, counts):
+        dana = Person("dana")
+        told = dana.sign(self.MESSAGE)
+        if counts:
+            assert self.counted(told, f"{options} {dana.line}")["person"] == "dana"
+        else:
+            with pytest.raises((ValueError, InvalidSignature)):
+                self.counted(told, f"{options} {dana.line}")
+
+    def test_text_of_strangers_ends_in_a_finding_and_in_nothing_else(self):
+        """Every signature that is cut, and every one with a byte turned."""
+        dana = Person("dana", "sk")
+        told = dana.sign(self.MESSAGE)
+        data = base64.b64decode("".join(told.splitlines()[1:-1]))
+        turned = [data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :] for at in range(len(data))]
+        for forged in [data[:at] for at in range(len(data))] + turned + [data + b"x"]:
+            text = base64.b64encode(forged).decode()
+            with pytest.raises((ValueError, InvalidSignature)):
+                self.counted(f"-----BEGIN SSH SIGNATURE-----\n{text}\n-----END SSH SIGNATURE-----\n", dana.line)
+
+
+class TestForgedValues:
+    """Records with values that no writer writes, each hashed right: no traceback, and one code from both."""
+
+    ODD = (
+        None,
+        True,
+        0,
+        -1,
+        2**53,
+        10**30,
+        1.5,
+        "",
+        "x",
+        "0" * 64,
+        "2030-01-01T00:00:05.000000Z",
+        [],
+        {},
+        [None],
+        "f1",
+    )
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_both_verifiers_give_one_code(self, seed, tmp_path):
+        random = Random(seed)
+        usable = [one["name"] for one in VECTORS if one["code"] in {0, 40, 41} and not one.get("anchors")]
+        name = random.choice([name for name in usable if name not in NOT_YET_ALONE])
+        shutil.copytree(make_vectors.HOME / name / "run", tmp_path / "run")
+        path = tmp_path / "run/audit/controller/seg-000000000001.jsonl"
+        records = [json.loads(line) for line in path.read_bytes().splitlines()]
+        for _ in range(random.randint(1, 3)):
+            self.change(random, random.choice(records)["body"], random.choice(records)["body"])
+        path.write_bytes(b"".join(hashed_anew(records)))
+        assert alone(tmp_path / "run") == ours(tmp_path / "run")
+
+    def change(self, random, body, other):
+        """Another value for a member, deep down or on top: an odd one, or one that stands elsewhere in the log."""
+        while body:
+            name = random.choice([*body])
+            if isinstance(body[name], dict) and random.random() < 0.7:
+                body = body[name]
+                continue
+            body[name] = random.choice([*self.ODD, *other.values()])
+            return
+
+
+def hashed_anew(records):
+    prev = records[0]["prev"]
+    for record in records:
+        line, prev = encode({**record, "prev": prev})
+        yield line
 
 
 def imports(tree):

@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loopguard.audit import read
+from loopguard.audit.anchors import Anchor
 from loopguard.audit.events import encode, fields_of
 from loopguard.audit.verify import STATUS, verify
 from loopguard.errors import UsageError
@@ -524,6 +525,26 @@ def test_no_file_beside_the_log_is_an_exception(tmp_path, name, content):
     plain_log(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     assert verify(tmp_path / "run").status == "unanchored"
+
+
+def test_a_segment_that_cannot_be_read_is_no_exception_beside_a_repeated_record(tmp_path):
+    """The second look at the log, for another record of that number, meets it first."""
+    plain_log(tmp_path / "run")
+    path = read.segments(tmp_path / "run")[0]
+    path.write_bytes(path.read_bytes() + path.read_bytes().splitlines(keepends=True)[0])
+    path.with_name(read.segment_name(99)).mkdir()
+    assert verify(tmp_path / "run").status == "unreadable"
+
+
+def test_the_log_of_one_stream_under_the_name_of_another_takes_no_anchor_away(tmp_path):
+    """Without a run.json the first record says whose log it is, and only of its own stream."""
+    place = tmp_path / "anchors.jsonl"
+    with open_log(tmp_path / "run", anchors=[Anchor(kind="file", place=str(place))]) as log:
+        log.append("note.added")
+    (tmp_path / "run" / "run.json").unlink(missing_ok=True)
+    shutil.copytree(tmp_path / "run/audit/controller", tmp_path / "run/audit/copy")
+    result = verify(tmp_path / "run", anchors=[place])
+    assert (result.status, result.streams[0].proven) == ("splice", result.streams[0].head.seq - 1)
 
 
 def test_a_folder_where_a_file_belongs_is_unreadable(tmp_path):
