@@ -282,10 +282,12 @@ STATEMENT |= dict.fromkeys(("entered", "head_hash", "policy", "next_policy"), HE
 STATEMENT |= {"not_before": TIME, "expires": TIME, "disposition": WAYS, "target": f"nothing|{HEX64}"}
 STATEMENT |= {"waives": "(?s:.{1,8192})", "waives_cycles": range(2**53)}
 STATEMENT |= {"policy_change": "none|tightened|loosened", "nonce": "[0-9a-f]{32}"}
+SPAN = {"from": (int,), "to": (int,)}
 RESUME: Json = {"approval": "signed", "judged": TIME, "approvals": (list,)}
 RULE: Json = {"approvals": range(1, 65), "people": (dict,), "requester_may_approve": (bool,)}
 RULE |= {"within_s": (int, float), "execute_within_s": (int, float)}
 ABOUT_APPROVALS = {"policy.loaded", "policy.adopted", "run.started", "freeze.requested", "freeze.entered"}
+NOBODY_ASKED = {"tool.decided", "tool.finished", "update.applied", "note.added", "sandbox.created", "sandbox.removed"}
 ABOUT_APPROVALS |= {"resume.requested", "resume.applied", "run.halted", "approval.given", "approval.refused"}
 
 
@@ -323,7 +325,7 @@ class Permissions:
     def acted(self, kind: str, body: Json) -> None:
         """Whether the records before allow what this one tells. Raises ValueError."""
         lease, call, told = self.lease, str(body.get("call")), body if kind.startswith("update.") else {}
-        span = range(told["from"], told["to"] + 1) if fits(told, {"from": (int,), "to": (int,)}) else range(0)
+        span = range(told["from"], told["to"] + 1) if told and fits(told, SPAN) else range(0)
         match kind:
             case "tool.decided" if body.get("result") == "allow":
                 self.calls.add(call)
@@ -540,7 +542,8 @@ class Stream:
             for name, stands in body["streams"].items():
                 self.ask(Code.PROTOCOL, self._commits, name, stands, f"record {self.seq} of the controller")
         self.ask(Code.PROTOCOL, self.permissions.acted, kind, body)
-        self.ask(Code.APPROVAL, self.permissions.agreed, kind, body, record)
+        if kind not in NOBODY_ASKED or self.permissions.frozen is not None:  # of a log nearly all is about these
+            self.ask(Code.APPROVAL, self.permissions.agreed, kind, body, record)
 
     def _compare(self, mark: Mark | Path) -> None:
         """Whether the records so far are those of a mark. Raises ValueError."""
