@@ -27,6 +27,7 @@ from loopguard.errors import DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import make_directory, write_synced
 from loopguard.types import NOTHING, ROLL_BACK, WayOn
+from loopguard.ways import unacceptable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -136,7 +137,7 @@ class FreezeState:
         self.hold = ""
         """Why no cycle begins for now, for the cache."""
         self.probation = _count(_cache(run_dir).get("probation"))
-        """How many cycles it still lasts, for the cache."""
+        """How many cycles it still lasts, for the cache; a freeze ends it."""
         self._needed: int | None = None
         """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
@@ -390,7 +391,14 @@ class FreezeState:
         if request.way.disposition == "halt":
             self.halt(because="decision", **facts)
             return None
+        if request.way.disposition == "accept" and (why := unacceptable(self._dir, self.freeze_id)):
+            self.stay_frozen(why)
+            return None
         return self.resume(way=request.way, starts_later=True, **facts)
+
+    def stay_frozen(self, why: str) -> None:
+        """Record why a resume that was asked for is not acted on."""
+        self._log.append("note.added", {"by": "loopguard", "text": f"the run stays frozen: {why}"})
 
     def lifts(self, request: Request) -> bool:
         """Whether a resume request is meant for the freeze in force, and waives no more than what tripped there."""
@@ -423,6 +431,15 @@ class FreezeState:
         }
         replace_durably(path, json.dumps(body, sort_keys=True).encode() + b"\n")
 
+    def tell(self, *, hold: str | None = None, probation: int | None = None) -> None:
+        """Let `status` say from now on why no cycle begins, or how long a probation lasts; the rest stays."""
+        hold, probation = self.hold if hold is None else hold, self.probation if probation is None else probation
+        self.hold, self.probation = hold, probation
+        cache = _cache(self._dir)
+        if (hold, probation) == (str(cache.get("hold") or ""), _count(cache.get("probation"))):
+            return
+        self.remember(cycle=None)
+
     def _approvals_needed(self) -> int | None:
         """For the cache of a run that goes on; of a frozen one the log is asked each time."""
         if self._needed is None and self._freeze is None and self._approvals is not None:
@@ -444,8 +461,9 @@ class FreezeState:
     def _unlatch(self) -> None:
         for latch in self._latches:
             if latch.exists():
-                latch.unlink(missing_ok=True)
-                sync_directory(latch.parent)
+                with writing(latch):
+                    latch.unlink(missing_ok=True)
+                    sync_directory(latch.parent)
 
     def _enter(
         self,
@@ -458,7 +476,7 @@ class FreezeState:
     ) -> str:
         freeze = self.latch(reason)
         # All ranks give the reason that they agreed on, which is more than the one who latched knew.
-        self._reason = reason
+        self._reason, self.probation = reason, 0
         body = self._told_of(gate=gate, rule=rule, reason=reason)
         self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
         self.remember(cycle=None)
@@ -517,6 +535,20 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
             continue
         return
     _write_latch(places[-1], data)
+
+
+def bring_latch(run_dir: Path) -> None:
+    """Take a latch from the second place, which is about to change, into the run directory. Raises DiskError."""
+    here, *elsewhere = latches(run_dir)
+    for latch in elsewhere:
+        if latch.exists():
+            with writing(here):
+                data = latch.read_bytes()
+            if not here.exists():
+                _write_latch(here, data)
+            with writing(latch):
+                latch.unlink(missing_ok=True)
+                sync_directory(latch.parent)
 
 
 def _write_latch(latch: Path, data: bytes) -> None:
@@ -644,7 +676,7 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
         freeze, reason, since, acknowledged = latch["freeze"], latch["reason"], latch["ts"], False
     if freeze is None and (contradiction := _contradiction(run_dir)):
         freeze, reason = "unrecorded", contradiction
-    tail = read.last(run_dir, CONTROLLER)
+    tail, owner = read.last(run_dir, CONTROLLER), read.owner(run_dir, CONTROLLER)
     told = book(run_dir)
     pending = told.pending if told.pending is not None and told.pending.fault is None else None
     return Standing(
@@ -654,12 +686,12 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
         freeze=freeze,
         reason=reason,
         since=since,
-        hold="" if freeze else str(_cache(run_dir).get("hold") or ""),
+        hold=_hold(_cache(run_dir), owner) if freeze is None else "",
         probation=_count(_cache(run_dir).get("probation")),
         acknowledged=acknowledged,
         epoch=tail.epoch if tail else 0,
         cycle=_cache(run_dir).get("cycle"),
-        owner_pid=read.owner(run_dir, CONTROLLER),
+        owner_pid=owner,
         pending=pending.request if pending else None,
         approved_by=tuple(pending.people) if pending else (),
         approvals_needed=told.rule.approvals if told.rule else 0,
@@ -682,7 +714,7 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         since.feed(entry)
     if told:
         needed = since.rule.approvals if since.rule else 0
-    tail = read.last(run_dir, CONTROLLER)
+    tail, owner = read.last(run_dir, CONTROLLER), read.owner(run_dir, CONTROLLER)
     return Standing(
         run=run,
         frozen=False,
@@ -690,12 +722,12 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         freeze=None,
         reason="",
         since=None,
-        hold=str(cache.get("hold") or ""),
+        hold=_hold(cache, owner),
         probation=_count(cache.get("probation")),
         acknowledged=True,
         epoch=tail.epoch if tail else 0,
         cycle=cache.get("cycle"),
-        owner_pid=read.owner(run_dir, CONTROLLER),
+        owner_pid=owner,
         pending=None,
         approved_by=(),
         approvals_needed=needed,
@@ -721,10 +753,12 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
 
 def _told(turns: Sequence[Entry]) -> tuple[str | None, str]:
     """The freeze in force, and why."""
+    halts = [turn for turn in turns if turn.type == "run.halted"]
+    if halts:
+        return str(halts[0].body["freeze"]), f"{_HALTED}{halts[0].body['reason']}"  # whatever somebody wrote after it
     if not turns or turns[-1].type == "resume.applied":
         return None, ""
-    body = turns[-1].body
-    return str(body["freeze"]), f"{_HALTED if turns[-1].type == 'run.halted' else ''}{body['reason']}"
+    return str(turns[-1].body["freeze"]), str(turns[-1].body["reason"])
 
 
 def _halted(turns: Sequence[Entry]) -> bool:
@@ -733,6 +767,11 @@ def _halted(turns: Sequence[Entry]) -> bool:
 
 def _count(value: Any) -> int:
     return value if type(value) is int else 0
+
+
+def _hold(cache: Mapping[str, Any], owner: int | None) -> str:
+    """Why no cycle begins. A process that was killed waits for nothing."""
+    return str(cache.get("hold") or "") if owner is not None else ""
 
 
 def _cache(run_dir: Path) -> dict[str, Any]:

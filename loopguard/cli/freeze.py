@@ -251,6 +251,7 @@ def _numbered(run_dir: Path, *, until: float) -> Standing:
 def _ask(run_dir: Path, *, by: str, reason: str, way: WayOn, adopt_policy: Path | None, wait_s: float) -> None:
     """Several people have to agree: leave the request, and print what they sign."""
     from loopguard.approvals import ask
+    from loopguard.audit.events import printable
     from loopguard.state import standing, submit
 
     next_policy, change = _other_policy(run_dir, adopt_policy)
@@ -260,7 +261,7 @@ def _ask(run_dir: Path, *, by: str, reason: str, way: WayOn, adopt_policy: Path 
     if not settle(run_dir, request.id, wait_s=wait_s):
         print(f"{run_dir}: {_owner(standing(run_dir))} takes the request up at its next gate", file=sys.stderr)
     elif (why := refusal(run_dir, request.id)) is not None:
-        print(f"{run_dir} stays frozen: {why}", file=sys.stderr)
+        print(printable(f"{run_dir} stays frozen: {why}"), file=sys.stderr)
         raise typer.Exit(1)
     # Exactly what is signed, so that it can be kept in a file and signed elsewhere.
     print(statement.signed_bytes().decode("ascii"), end="")

@@ -22,7 +22,7 @@ from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import replace_durably, writing
 from loopguard.snapshots.files import make_directory
-from loopguard.state import run_facts
+from loopguard.state import bring_latch, run_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -226,6 +226,12 @@ def check_second_latch(run_dir: Path, policy: GuardPolicy) -> None:
     if policy.freeze.second_latch is None:
         return
     folder = Path(policy.freeze.second_latch).expanduser()
+    facts = run_facts(run_dir) if (run_dir / "run.json").exists() else {}
+    if not folder.exists() and facts.get("second_latch") == str(folder / f"{facts.get('id')}.latch"):
+        raise UsageError(
+            f"freeze.second_latch is {folder}, which is gone, and a latch may lie there: mount its volume; where it is "
+            "gone for good, look with `loopguard status` whether the run should go on, and make the folder again"
+        )
     if folder.resolve().is_relative_to(run_dir.resolve()):
         raise UsageError(f"freeze.second_latch is {folder}, in the run directory: name a folder on another volume")
     try:
@@ -245,6 +251,8 @@ def _second_latch(policy: GuardPolicy, run_id: str) -> dict[str, str]:
 def set_policy(run_dir: Path, loaded: LoadedPolicy) -> None:
     """From now on the directory belongs to this policy."""
     facts = run_facts(run_dir)
+    if facts.get("second_latch") != _second_latch(loaded.policy, facts["id"]).get("second_latch"):
+        bring_latch(run_dir)
     kept = {name: value for name, value in facts.items() if name != "second_latch"}
     body = kept | {"policy": loaded.digest} | _second_latch(loaded.policy, facts["id"])
     replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")
