@@ -128,7 +128,7 @@ class FreezeState:
         """
         self._dir = run_dir
         self._log = log
-        self._latches = latches(run_dir)
+        self._latches = read.latches(run_dir)
         self._follows = follows
         """The stream of a rank that does not own the run."""
         self._approvals = (
@@ -523,7 +523,7 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     It appears whole or not at all, also where several processes set it at once. Where the run directory takes nothing,
     it is set in the second place that the guard policy names. Raises DiskError where no place takes it.
     """
-    places = latches(run_dir)
+    places = read.latches(run_dir)
     if any(latch.exists() for latch in places):
         return
     body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
@@ -539,7 +539,7 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
 
 def bring_latch(run_dir: Path) -> None:
     """Take a latch from the second place, which is about to change, into the run directory. Raises DiskError."""
-    here, *elsewhere = latches(run_dir)
+    here, *elsewhere = read.latches(run_dir)
     for latch in elsewhere:
         if latch.exists():
             with writing(here):
@@ -557,21 +557,6 @@ def _write_latch(latch: Path, data: bytes) -> None:
         write_synced(partial, data)
         partial.rename(latch)
         sync_directory(latch.parent)
-
-
-def latches(run_dir: Path) -> list[Path]:
-    """Where the latch of a run may lie: in its directory, and where the guard policy names a second place, there."""
-    try:
-        facts = run_facts(run_dir)
-    except UsageError:
-        return [run_dir / "latch"]
-    second = facts.get("second_latch")
-    return [run_dir / "latch", *([Path(second)] if isinstance(second, str) else [])]
-
-
-def latched(run_dir: Path) -> bool:
-    """Whether a latch is set, in either place."""
-    return any(latch.exists() for latch in latches(run_dir))
 
 
 def anchor_lost(run_dir: Path, reason: str) -> None:
@@ -671,7 +656,7 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
     freeze, reason = _told(turns)
     since = turns[-1].ts if freeze else None
     acknowledged = True
-    if freeze is None and latched(run_dir):
+    if freeze is None and read.latched(run_dir):
         latch = _read_latch(run_dir)
         freeze, reason, since, acknowledged = latch["freeze"], latch["reason"], latch["ts"], False
     if freeze is None and (contradiction := _contradiction(run_dir)):
@@ -707,7 +692,7 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         return None
     types = (*_TURNS, "policy.loaded")
     told = read.since(run_dir, CONTROLLER, Head(seq, str(cache.get("hash"))), types=types)
-    if told is None or any(entry.type in _TURNS for entry in told) or latched(run_dir):
+    if told is None or any(entry.type in _TURNS for entry in told) or read.latched(run_dir):
         return None
     since = Book()
     for entry in told:
@@ -800,7 +785,7 @@ def _contradiction(run_dir: Path) -> str:
 def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
-        latch = json.loads(next(place for place in latches(run_dir) if place.exists()).read_bytes())
+        latch = json.loads(next(place for place in read.latches(run_dir) if place.exists()).read_bytes())
     except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
     return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable

@@ -4,15 +4,21 @@ import json
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import pytest
+import typer
 from lab import Lab
-from test_dispositions import STEADY, asks, jumped, loopguard, once_frozen, resume, under
+from test_dispositions import RESUME, STEADY, asks, jumped, loopguard, once_frozen, resume, under
 
+from loopguard.approvals import book
+from loopguard.audit import query, read
 from loopguard.audit.verify import verify
+from loopguard.cli.approve import _tell
 from loopguard.cli.freeze import ingest
+from loopguard.controller.driver import Standing
 from loopguard.errors import DiskError, LoopFrozen, UsageError
-from loopguard.state import latched, run_facts, standing, submit
+from loopguard.state import run_facts, standing, submit
 from loopguard.types import WayOn
 
 torch = pytest.importorskip("torch", reason="attach needs torch")
@@ -262,7 +268,41 @@ class TestAWaiver:
         assert "a single value" in capsys.readouterr().err
 
 
+def test_whoever_comes_second_is_told_that_it_is_not_his_word_that_counts(lab, capsys):
+    jumped(lab)
+    submit(lab.run_dir, "resume", by="eli", reason="\x1b[2Jfine", freeze="f1", way=WayOn())
+    resume(lab, "--disposition", "halt", code=1)
+    assert r"not by this request: eli ended f1 before: \u001b[2Jfine (rollback)" in capsys.readouterr().err
+    assert not standing(lab.run_dir).halted
+
+
+def test_a_refusal_is_safe_to_print(lab, capsys):
+    """It may quote a file that a stranger has left."""
+    under(lab, more=RESUME)
+    jumped(lab)
+    resume(lab, code=4)
+    asked = book(lab.run_dir).pending
+    with lab.open() as guard:
+        body = {"request": asked.request, "approval": "a1", "code": "unreadable", "reason": "\x1b[2Jno"}
+        guard._log.append("approval.refused", {**body, "person": None, "key": None})
+    capsys.readouterr()
+    with pytest.raises(typer.Exit):
+        _tell(lab.run_dir, "a1", asked.statement, wait_s=0)
+    assert capsys.readouterr().err == "not counted: \\u001b[2Jno (unreadable)\n"
+
+
+def test_a_trainer_looks_for_what_was_accepted_in_no_snapshot():
+    """It lies in a capsule; what a checkpoint is put back to is the snapshot of before."""
+    told = [("model.attached", {"weights": "w"}), ("snapshot.restored", {"snapshot": "s", "because": "freeze f1"})]
+    told += [("snapshot.restored", {"snapshot": "c", "because": "accepted", "weights": "v"})]
+    assert Standing.of(SimpleNamespace(type=kind, body=body) for kind, body in told).restored == "s"
+
+
 class TestHold:
+    def test_ready_has_to_be_a_function(self, lab):
+        with lab.build(lab.open()) as guard, pytest.raises(UsageError, match="give a function"):
+            guard.cycles(1, ready=True)
+
     def test_whatever_ready_raises_ends_it(self, lab):
         def ready():
             if lab.events("hold.entered"):
@@ -297,7 +337,7 @@ class TestASignal:
 
         guard._cells.close = closing
         guard.close()
-        assert latched(lab.run_dir)
+        assert read.latched(lab.run_dir)
         assert signal.getsignal(signal.SIGUSR2) is signal.SIG_DFL
 
     def test_freezes_every_run_of_the_process(self, tmp_path):
@@ -306,7 +346,7 @@ class TestASignal:
         labs = [Lab(tmp_path / name) for name in ("one", "two")]
         with labs[0].open(), labs[1].open():
             os.kill(os.getpid(), signal.SIGUSR2)
-        assert all(latched(one.run_dir) for one in labs)
+        assert all(read.latched(one.run_dir) for one in labs)
 
 
 class TestTheSecondPlaceOfALatch:
@@ -332,6 +372,11 @@ class TestTheSecondPlaceOfALatch:
         resume(lab)
         with lab.open() as guard:
             assert not guard.frozen
+
+    def test_is_looked_at_by_whoever_asks_why(self, lab, second):
+        assert standing(lab.run_dir).frozen
+        with pytest.raises(UsageError, match="is latched, and no process has recorded the freeze yet"):
+            query.why(lab.run_dir)
 
     def test_that_is_gone_keeps_a_run_from_going_on(self, lab, second):
         second.unlink()

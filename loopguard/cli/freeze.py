@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from loopguard.consent.statement import PolicyChange
-    from loopguard.state import Standing
+    from loopguard.state import Request, Standing
     from loopguard.types import WayOn
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/toolformer.")]
@@ -208,6 +208,9 @@ def _go_on(run_dir: Path, *, by: str, reason: str, way: WayOn, until: float) -> 
             print(printable(f"{run_dir}: {why}"), file=sys.stderr)
             raise typer.Exit(1)
         if not (stands := standing(run_dir)).frozen:
+            if other := _ended_otherwise(run_dir, request):
+                print(printable(f"{run_dir} goes on, and not by this request: {other}"), file=sys.stderr)
+                raise typer.Exit(1)
             if ended is not None:
                 print(f"{run_dir} may go on: {ended} ended by {by}. Run the same command again.")
             else:
@@ -217,6 +220,21 @@ def _go_on(run_dir: Path, *, by: str, reason: str, way: WayOn, until: float) -> 
             print(f"{run_dir}: the request is there, {_owner(stands)} has not taken it up yet", file=sys.stderr)
             raise typer.Exit(1)
         time.sleep(0.1)
+
+
+def _ended_otherwise(run_dir: Path, request: Request) -> str:
+    """By whom, and how, the freeze of a request ended where somebody else was faster; else the empty string."""
+    from loopguard.audit import read
+    from loopguard.types import WayOn
+
+    for entry in read.entries(run_dir, types=("resume.applied",)):
+        body = entry.body
+        if body.get("freeze") == request.freeze:
+            asked = (request.by, request.reason, request.way)
+            if asked == (body.get("by"), body.get("reason"), WayOn.read(body)):
+                return ""
+            return f"{body.get('by')} ended {request.freeze} before: {body.get('reason')} ({body.get('disposition')})"
+    return ""
 
 
 def _left_frozen(run_dir: Path, request: str) -> str:

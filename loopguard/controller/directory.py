@@ -222,16 +222,17 @@ def lay_out(
 
 
 def check_second_latch(run_dir: Path, policy: GuardPolicy) -> None:
-    """Raise UsageError where the second place for a latch is none: one that takes no file, or lies in the run."""
+    """Raise UsageError where the second place for a latch is none: gone, takes no file, or lies in the run."""
+    facts = run_facts(run_dir) if (run_dir / "run.json").exists() else {}
+    recorded = facts.get("second_latch")
+    if isinstance(recorded, str) and not Path(recorded).parent.exists():
+        raise UsageError(
+            f"{Path(recorded).parent}, the second place for the latch of {run_dir}, is gone, and a latch may lie in "
+            "it: mount its volume; where that is gone for good, and nothing froze the run, make the folder again"
+        )
     if policy.freeze.second_latch is None:
         return
     folder = Path(policy.freeze.second_latch).expanduser()
-    facts = run_facts(run_dir) if (run_dir / "run.json").exists() else {}
-    if not folder.exists() and facts.get("second_latch") == str(folder / f"{facts.get('id')}.latch"):
-        raise UsageError(
-            f"freeze.second_latch is {folder}, which is gone, and a latch may lie there: mount its volume; where it is "
-            "gone for good, look with `loopguard status` whether the run should go on, and make the folder again"
-        )
     if folder.resolve().is_relative_to(run_dir.resolve()):
         raise UsageError(f"freeze.second_latch is {folder}, in the run directory: name a folder on another volume")
     try:

@@ -38,7 +38,7 @@ from loopguard.gates.updates import UpdateGate
 from loopguard.notify import mirrored
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
-from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, latched, run_facts, signal_facts
+from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, run_facts, signal_facts
 from loopguard.types import ROLL_BACK, Decision, Expectation, ExpectedKind
 from loopguard.ways import unacceptable
 
@@ -162,7 +162,7 @@ class LoopGuard:
         run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
         notifier = directories.notifier(loaded.policy, directory) if here.leads else None
         cells = Cells(loaded.policy, run_id, runtimes or docker)
-        if not latched(directory):
+        if not read.latched(directory):
             cells.start()
         try:
             if here.leads:
@@ -451,6 +451,8 @@ class LoopGuard:
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
+        if ready is not None and not callable(ready):
+            raise UsageError(f"guard.cycles(ready={ready!r}): give a function that says whether a cycle may begin")
         if self._driven:
             raise UsageError("this guard is attached to a trainer, which begins its cycles by itself: call train()")
         return self._turns(count, warmup=warmup, ready=ready)
@@ -731,8 +733,8 @@ class LoopGuard:
             name, state = suspect_state(self.run_dir, freeze)
         except UsageError as error:
             raise UsageError(
-                f"{error}. It was accepted before it was damaged: freeze the run (`loopguard freeze`), and resume it in "
-                "another way"
+                f"{error}. It was accepted before it was damaged: freeze the run (`loopguard freeze`), and resume it "
+                "in another way"
             ) from error
         self._put_back(state, actor_too=learner.same_actor)
         rule = str(entered(self.run_dir).body.get("rule"))
