@@ -27,6 +27,7 @@ from loopguard.errors import DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import make_directory, write_synced
 from loopguard.types import NOTHING, ROLL_BACK, WayOn
+from loopguard.ways import unacceptable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -127,7 +128,7 @@ class FreezeState:
         """
         self._dir = run_dir
         self._log = log
-        self._latches = latches(run_dir)
+        self._latches = read.latches(run_dir)
         self._follows = follows
         """The stream of a rank that does not own the run."""
         self._approvals = (
@@ -136,7 +137,7 @@ class FreezeState:
         self.hold = ""
         """Why no cycle begins for now, for the cache."""
         self.probation = _count(_cache(run_dir).get("probation"))
-        """How many cycles it still lasts, for the cache."""
+        """How many cycles it still lasts, for the cache; a freeze ends it."""
         self._needed: int | None = None
         """How many people a resume takes; None until somebody asks."""
         turns = list(read.entries(run_dir, CONTROLLER, types=_TURNS))
@@ -390,7 +391,14 @@ class FreezeState:
         if request.way.disposition == "halt":
             self.halt(because="decision", **facts)
             return None
+        if request.way.disposition == "accept" and (why := unacceptable(self._dir, self.freeze_id)):
+            self.stay_frozen(why)
+            return None
         return self.resume(way=request.way, starts_later=True, **facts)
+
+    def stay_frozen(self, why: str) -> None:
+        """Record why a resume that was asked for is not acted on."""
+        self._log.append("note.added", {"by": "loopguard", "text": f"the run stays frozen: {why}"})
 
     def lifts(self, request: Request) -> bool:
         """Whether a resume request is meant for the freeze in force, and waives no more than what tripped there."""
@@ -423,6 +431,15 @@ class FreezeState:
         }
         replace_durably(path, json.dumps(body, sort_keys=True).encode() + b"\n")
 
+    def tell(self, *, hold: str | None = None, probation: int | None = None) -> None:
+        """Let `status` say from now on why no cycle begins, or how long a probation lasts; the rest stays."""
+        hold, probation = self.hold if hold is None else hold, self.probation if probation is None else probation
+        self.hold, self.probation = hold, probation
+        cache = _cache(self._dir)
+        if (hold, probation) == (str(cache.get("hold") or ""), _count(cache.get("probation"))):
+            return
+        self.remember(cycle=None)
+
     def _approvals_needed(self) -> int | None:
         """For the cache of a run that goes on; of a frozen one the log is asked each time."""
         if self._needed is None and self._freeze is None and self._approvals is not None:
@@ -444,8 +461,9 @@ class FreezeState:
     def _unlatch(self) -> None:
         for latch in self._latches:
             if latch.exists():
-                latch.unlink(missing_ok=True)
-                sync_directory(latch.parent)
+                with writing(latch):
+                    latch.unlink(missing_ok=True)
+                    sync_directory(latch.parent)
 
     def _enter(
         self,
@@ -458,7 +476,7 @@ class FreezeState:
     ) -> str:
         freeze = self.latch(reason)
         # All ranks give the reason that they agreed on, which is more than the one who latched knew.
-        self._reason = reason
+        self._reason, self.probation = reason, 0
         body = self._told_of(gate=gate, rule=rule, reason=reason)
         self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
         self.remember(cycle=None)
@@ -505,7 +523,7 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     It appears whole or not at all, also where several processes set it at once. Where the run directory takes nothing,
     it is set in the second place that the guard policy names. Raises DiskError where no place takes it.
     """
-    places = latches(run_dir)
+    places = read.latches(run_dir)
     if any(latch.exists() for latch in places):
         return
     body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
@@ -519,27 +537,26 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     _write_latch(places[-1], data)
 
 
+def bring_latch(run_dir: Path) -> None:
+    """Take a latch from the second place, which is about to change, into the run directory. Raises DiskError."""
+    here, *elsewhere = read.latches(run_dir)
+    for latch in elsewhere:
+        if latch.exists():
+            with writing(here):
+                data = latch.read_bytes()
+            if not here.exists():
+                _write_latch(here, data)
+            with writing(latch):
+                latch.unlink(missing_ok=True)
+                sync_directory(latch.parent)
+
+
 def _write_latch(latch: Path, data: bytes) -> None:
     partial = latch.parent / f".latch-{uuid.uuid4().hex}"
     with writing(latch):
         write_synced(partial, data)
         partial.rename(latch)
         sync_directory(latch.parent)
-
-
-def latches(run_dir: Path) -> list[Path]:
-    """Where the latch of a run may lie: in its directory, and where the guard policy names a second place, there."""
-    try:
-        facts = run_facts(run_dir)
-    except UsageError:
-        return [run_dir / "latch"]
-    second = facts.get("second_latch")
-    return [run_dir / "latch", *([Path(second)] if isinstance(second, str) else [])]
-
-
-def latched(run_dir: Path) -> bool:
-    """Whether a latch is set, in either place."""
-    return any(latch.exists() for latch in latches(run_dir))
 
 
 def anchor_lost(run_dir: Path, reason: str) -> None:
@@ -639,12 +656,12 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
     freeze, reason = _told(turns)
     since = turns[-1].ts if freeze else None
     acknowledged = True
-    if freeze is None and latched(run_dir):
+    if freeze is None and read.latched(run_dir):
         latch = _read_latch(run_dir)
         freeze, reason, since, acknowledged = latch["freeze"], latch["reason"], latch["ts"], False
     if freeze is None and (contradiction := _contradiction(run_dir)):
         freeze, reason = "unrecorded", contradiction
-    tail = read.last(run_dir, CONTROLLER)
+    tail, owner = read.last(run_dir, CONTROLLER), read.owner(run_dir, CONTROLLER)
     told = book(run_dir)
     pending = told.pending if told.pending is not None and told.pending.fault is None else None
     return Standing(
@@ -654,12 +671,12 @@ def standing(run_dir: Path, *, glance: bool = False) -> Standing:
         freeze=freeze,
         reason=reason,
         since=since,
-        hold="" if freeze else str(_cache(run_dir).get("hold") or ""),
+        hold=_hold(_cache(run_dir), owner) if freeze is None else "",
         probation=_count(_cache(run_dir).get("probation")),
         acknowledged=acknowledged,
         epoch=tail.epoch if tail else 0,
         cycle=_cache(run_dir).get("cycle"),
-        owner_pid=read.owner(run_dir, CONTROLLER),
+        owner_pid=owner,
         pending=pending.request if pending else None,
         approved_by=tuple(pending.people) if pending else (),
         approvals_needed=told.rule.approvals if told.rule else 0,
@@ -675,14 +692,14 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         return None
     types = (*_TURNS, "policy.loaded")
     told = read.since(run_dir, CONTROLLER, Head(seq, str(cache.get("hash"))), types=types)
-    if told is None or any(entry.type in _TURNS for entry in told) or latched(run_dir):
+    if told is None or any(entry.type in _TURNS for entry in told) or read.latched(run_dir):
         return None
     since = Book()
     for entry in told:
         since.feed(entry)
     if told:
         needed = since.rule.approvals if since.rule else 0
-    tail = read.last(run_dir, CONTROLLER)
+    tail, owner = read.last(run_dir, CONTROLLER), read.owner(run_dir, CONTROLLER)
     return Standing(
         run=run,
         frozen=False,
@@ -690,12 +707,12 @@ def _glance(run_dir: Path, run: str) -> Standing | None:
         freeze=None,
         reason="",
         since=None,
-        hold=str(cache.get("hold") or ""),
+        hold=_hold(cache, owner),
         probation=_count(cache.get("probation")),
         acknowledged=True,
         epoch=tail.epoch if tail else 0,
         cycle=cache.get("cycle"),
-        owner_pid=read.owner(run_dir, CONTROLLER),
+        owner_pid=owner,
         pending=None,
         approved_by=(),
         approvals_needed=needed,
@@ -721,10 +738,12 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
 
 def _told(turns: Sequence[Entry]) -> tuple[str | None, str]:
     """The freeze in force, and why."""
+    halts = [turn for turn in turns if turn.type == "run.halted"]
+    if halts:
+        return str(halts[0].body["freeze"]), f"{_HALTED}{halts[0].body['reason']}"  # whatever somebody wrote after it
     if not turns or turns[-1].type == "resume.applied":
         return None, ""
-    body = turns[-1].body
-    return str(body["freeze"]), f"{_HALTED if turns[-1].type == 'run.halted' else ''}{body['reason']}"
+    return str(turns[-1].body["freeze"]), str(turns[-1].body["reason"])
 
 
 def _halted(turns: Sequence[Entry]) -> bool:
@@ -733,6 +752,11 @@ def _halted(turns: Sequence[Entry]) -> bool:
 
 def _count(value: Any) -> int:
     return value if type(value) is int else 0
+
+
+def _hold(cache: Mapping[str, Any], owner: int | None) -> str:
+    """Why no cycle begins. A process that was killed waits for nothing."""
+    return str(cache.get("hold") or "") if owner is not None else ""
 
 
 def _cache(run_dir: Path) -> dict[str, Any]:
@@ -761,7 +785,7 @@ def _contradiction(run_dir: Path) -> str:
 def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
-        latch = json.loads(next(place for place in latches(run_dir) if place.exists()).read_bytes())
+        latch = json.loads(next(place for place in read.latches(run_dir) if place.exists()).read_bytes())
     except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
     return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable

@@ -5,6 +5,7 @@ What a request asks for is checked here before anything is recorded; `controller
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
@@ -14,7 +15,6 @@ from loopguard.snapshots import read_capsule
 from loopguard.types import NOTHING, ROLL_BACK, Disposition, WayOn
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from loopguard.snapshots import Capsule
@@ -55,6 +55,12 @@ def way_on(
             printable(f"{rule} of the {gate} gate cannot be waived: what compares with earlier values can, such as a ")
             + "jump, a drift or a gain. Resume without --waive"
         )
+    if any(isinstance(signal, Mapping) and signal.get("at_once") for signal in entered.get("signals") or ()):
+        raise UsageError(
+            printable(f"{rule} tripped over a single value that is far outside of what any may be, ")
+            + "and such a value is never waived: resume without --waive; with `--disposition accept` its monitor "
+            "learns the level anew"
+        )
     if not 0 < waive <= at_most:
         raise UsageError(
             f"--waive {waive}: the guard policy allows 1 to {at_most} cycles (freeze.waive_at_most)"
@@ -80,6 +86,16 @@ def accepted(run_dir: Path, entered: Mapping[str, Any]) -> Capsule:
         why = capsule.left_out.get("suspect", "no reason was given")
         raise UsageError(f"the capsule of {freeze} lacks the state to accept: {why}")
     return capsule
+
+
+def unacceptable(run_dir: Path, freeze: str) -> str:
+    """Why the state at a freeze cannot be gone on with, in a sentence; the empty string where it can."""
+    told = [one for one in read.entries(run_dir, types=("freeze.entered",)) if one.body.get("freeze") == freeze]
+    try:
+        accepted(run_dir, told[-1].body if told else {"freeze": freeze})
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def told(way: WayOn) -> str:

@@ -65,7 +65,13 @@ ONLY_INSIDE_FUNCTIONS = {("snapshots/", "torch"), ("snapshots/", "safetensors"),
 # `state` writes the latch the way snapshots are written, and has approvals counted, which are about a snapshot.
 # A way on from a freeze may be the state in its capsule.
 SAME_ROW = {
-    *{("state", "snapshots"), ("state", "approvals"), ("approvals", "snapshots"), ("ways", "snapshots")},
+    *{
+        ("state", "snapshots"),
+        ("state", "approvals"),
+        ("approvals", "snapshots"),
+        ("ways", "snapshots"),
+        ("state", "ways"),
+    },
 }
 
 MODULES = sorted(path for path in ROOT.rglob("*.py"))

@@ -314,7 +314,7 @@ def _rule_facts(book: Book) -> dict[str, Any]:
 
 def _find(told: Story, freeze_id: str | None, run_dir: Path) -> Freeze:
     found = told.freezes
-    if told.frozen is None and freeze_id is None and (run_dir / "latch").exists():
+    if told.frozen is None and freeze_id is None and read.latched(run_dir):
         look = f"`loopguard status {shlex.quote(str(run_dir))}` says what the latch holds"
         raise UsageError(f"{run_dir} is latched, and no process has recorded the freeze yet: {look}")
     if not found:

@@ -241,6 +241,20 @@ def at(run_dir: Path, stream: str, seq: int) -> Entry | None:
     return None
 
 
+def latches(run_dir: Path) -> list[Path]:
+    """Where the latch of a run may lie: in its directory, and where the guard policy names a second place, there."""
+    try:
+        second = json.loads((run_dir / "run.json").read_bytes()).get("second_latch")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        second = None  # whoever opens the run says what is wrong with it
+    return [run_dir / "latch", *([Path(second)] if isinstance(second, str) else [])]
+
+
+def latched(run_dir: Path) -> bool:
+    """Whether a latch is set, in either place."""
+    return any(latch.exists() for latch in latches(run_dir))
+
+
 def owner(run_dir: Path, stream: str = CONTROLLER) -> int | None:
     """The living process that has the log open for writing; None where there is none."""
     try:

@@ -561,7 +561,7 @@ class _View:
         self.cut = without(run_dir, cut)
         self.mood = _mood(verification.code)
         # Beside the log on purpose: a latch that nobody acknowledged yet freezes too.
-        self.latched = (run_dir / "latch").exists() and self.story.frozen is None
+        self.latched = read.latched(run_dir) and self.story.frozen is None
         self.state = "frozen" if self.latched else self.story.state
 
     @property

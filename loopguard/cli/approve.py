@@ -168,22 +168,24 @@ def _read(path: Path) -> str:
 
 def _tell(run_dir: Path, approval: str, statement: Statement, *, wait_s: float) -> None:
     """Say what became of an approval, and exit accordingly."""
+    from loopguard.audit.events import printable
+
     if not settle(run_dir, approval, wait_s=wait_s):
         print(f"{run_dir}: the approval is there, and the loop has not counted it yet", file=sys.stderr)
         raise typer.Exit(1)
     if (why := refusal(run_dir, approval)) is not None:
-        print(f"not counted: {why}", file=sys.stderr)
+        print(printable(f"not counted: {why}"), file=sys.stderr)
         raise typer.Exit(1)
     told = _acted(run_dir, wait_s=wait_s)
     if told.halted:
-        print(f"{run_dir} is halted, as {_names(run_dir, approval)} agreed: it goes on no more")
+        print(printable(f"{run_dir} is halted, as {_names(run_dir, approval)} agreed: it goes on no more"))
         return
     if told.freeze != statement.freeze:
-        print(f"{run_dir} may go on: {statement.freeze} ended, as {_names(run_dir, approval)} agreed")
+        print(printable(f"{run_dir} may go on: {statement.freeze} ended, as {_names(run_dir, approval)} agreed"))
         return
-    print(f"counted as {_names(run_dir, approval)}: {_how_many(told)}")
+    print(printable(f"counted as {_names(run_dir, approval)}: {_how_many(told)}"))
     if told.pending is None:
-        print(f"{run_dir} stays frozen: {_last_refusal(run_dir)}", file=sys.stderr)
+        print(printable(f"{run_dir} stays frozen: {_last_refusal(run_dir)}"), file=sys.stderr)
         raise typer.Exit(1)
     raise typer.Exit(4)
 

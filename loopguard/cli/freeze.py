@@ -16,7 +16,7 @@ import typer
 
 if TYPE_CHECKING:
     from loopguard.consent.statement import PolicyChange
-    from loopguard.state import Standing
+    from loopguard.state import Request, Standing
     from loopguard.types import WayOn
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run directory, such as runs/toolformer.")]
@@ -208,6 +208,9 @@ def _go_on(run_dir: Path, *, by: str, reason: str, way: WayOn, until: float) -> 
             print(printable(f"{run_dir}: {why}"), file=sys.stderr)
             raise typer.Exit(1)
         if not (stands := standing(run_dir)).frozen:
+            if other := _ended_otherwise(run_dir, request):
+                print(printable(f"{run_dir} goes on, and not by this request: {other}"), file=sys.stderr)
+                raise typer.Exit(1)
             if ended is not None:
                 print(f"{run_dir} may go on: {ended} ended by {by}. Run the same command again.")
             else:
@@ -217,6 +220,21 @@ def _go_on(run_dir: Path, *, by: str, reason: str, way: WayOn, until: float) -> 
             print(f"{run_dir}: the request is there, {_owner(stands)} has not taken it up yet", file=sys.stderr)
             raise typer.Exit(1)
         time.sleep(0.1)
+
+
+def _ended_otherwise(run_dir: Path, request: Request) -> str:
+    """By whom, and how, the freeze of a request ended where somebody else was faster; else the empty string."""
+    from loopguard.audit import read
+    from loopguard.types import WayOn
+
+    for entry in read.entries(run_dir, types=("resume.applied",)):
+        body = entry.body
+        if body.get("freeze") == request.freeze:
+            asked = (request.by, request.reason, request.way)
+            if asked == (body.get("by"), body.get("reason"), WayOn.read(body)):
+                return ""
+            return f"{body.get('by')} ended {request.freeze} before: {body.get('reason')} ({body.get('disposition')})"
+    return ""
 
 
 def _left_frozen(run_dir: Path, request: str) -> str:
@@ -251,6 +269,7 @@ def _numbered(run_dir: Path, *, until: float) -> Standing:
 def _ask(run_dir: Path, *, by: str, reason: str, way: WayOn, adopt_policy: Path | None, wait_s: float) -> None:
     """Several people have to agree: leave the request, and print what they sign."""
     from loopguard.approvals import ask
+    from loopguard.audit.events import printable
     from loopguard.state import standing, submit
 
     next_policy, change = _other_policy(run_dir, adopt_policy)
@@ -260,7 +279,7 @@ def _ask(run_dir: Path, *, by: str, reason: str, way: WayOn, adopt_policy: Path 
     if not settle(run_dir, request.id, wait_s=wait_s):
         print(f"{run_dir}: {_owner(standing(run_dir))} takes the request up at its next gate", file=sys.stderr)
     elif (why := refusal(run_dir, request.id)) is not None:
-        print(f"{run_dir} stays frozen: {why}", file=sys.stderr)
+        print(printable(f"{run_dir} stays frozen: {why}"), file=sys.stderr)
         raise typer.Exit(1)
     # Exactly what is signed, so that it can be kept in a file and signed elsewhere.
     print(statement.signed_bytes().decode("ascii"), end="")

@@ -89,6 +89,7 @@ def demo(
 
     Exit codes: 0 the planted fault was frozen, 1 it was not, 5 sandbox.
     """
+    from loopguard.audit.events import printable
     from loopguard.errors import LoopFrozen
     from loopguard.pipelines.toolformer import ToolformerOptions, parse_plant
 
@@ -106,7 +107,8 @@ def demo(
     except LoopFrozen as frozen:
         if _frozen_in(run_dir, frozen.freeze_id) != fault_at:
             raise
-        print(f"\nFrozen, as planted: {frozen.reason}")
+        # A reason may quote what a model wrote.
+        print("\n" + printable(f"Frozen, as planted: {frozen.reason}"))
         print(f"why       loopguard audit why {run_dir} {frozen.freeze_id}")
         print(f"verify    loopguard audit verify {run_dir}")
         return

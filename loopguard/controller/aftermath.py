@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 TYPES = (
     *("cycle.started", "freeze.entered", "resume.applied", "promotion.applied", "promotion.settled"),
-    *("promotion.rolled_back", "probation.began"),
+    *("promotion.rolled_back", "probation.began", "probation.ended"),
 )
 _BY_ITSELF = frozenset({"tool", "data", "update", "promotion"})
 """The gates whose freezes use up the budget. Those of people, of a disk and of a start are nobody's habit."""
@@ -42,8 +42,12 @@ class Aftermath:
         self._frozen: tuple[str, int | None] = ("", None)
         self._waived = (NOTHING, -1)
         self._cycle = 0
-        self._before: tuple[int, tuple[str, WayOn] | None, int, bool] | None = None
+        self._open: int | None = None
+        """The cycle that began and was not promoted: what a freeze is about that no gate brought about."""
+        self._before: tuple[int, tuple[str, WayOn] | None, int] | None = None
         """What the last promotion changed, and which cycle's that was: it may not have reached the disk."""
+        self._itself = False
+        """Whether the last freeze is one that uses up the budget."""
         self._freezes: list[int] = []
 
     @classmethod
@@ -58,19 +62,21 @@ class Aftermath:
         body = entry.body
         match entry.type:
             case "cycle.started" if entry.cycle is not None:
-                self._cycle = entry.cycle
+                self.begin(entry.cycle)
             case "freeze.entered":
                 self.froze(str(body["freeze"]), gate=str(body.get("gate")), cycle=entry.cycle)
             case "resume.applied":
                 self.resumed(WayOn.read(body))
             case "promotion.applied":
-                self.promoted()
+                self._count_promoted()  # whether that ends a probation is what the log says
             case "promotion.settled" if not body["applied"] and entry.cycle is not None:
                 self.unpromoted(entry.cycle)
             case "promotion.rolled_back":
-                self.owed, self.over = None, -1
+                self._went_back(int(body["cycle"]))
             case "probation.began":
-                self.told = True
+                self.told, self.probation = True, int(body["cycles"]) if self._policy.probation else 0
+            case "probation.ended":
+                self.told = False
             case _:
                 return
 
@@ -84,13 +90,14 @@ class Aftermath:
 
     def begin(self, cycle: int) -> None:
         """A cycle begins."""
-        self._cycle = cycle
+        self._cycle = self._open = cycle
 
     def froze(self, freeze: str, *, gate: str, cycle: int | None) -> None:
         """A freeze was recorded."""
-        self._frozen, self._before = (freeze, cycle), None
+        self._frozen, self._before = (freeze, self._open if cycle is None else cycle), None
         self.probation, self.told = 0, False
-        if gate in _BY_ITSELF:
+        self._itself = gate in _BY_ITSELF
+        if self._itself:
             self._freezes.append(self._cycle if cycle is None else cycle)
 
     def resumed(self, way: WayOn) -> None:
@@ -98,7 +105,7 @@ class Aftermath:
         freeze, cycle = self._frozen
         if way.disposition == "discard" and cycle is not None:
             self.over = max(self.over, cycle)
-        begins = self.over + 1 if way.disposition == "discard" else self._cycle
+        begins = max(self.over + 1, self._cycle + (self._open is None))
         cycles = min(way.waives_cycles, self._policy.waive_at_most)
         self._waived = (way.waives, begins + cycles - 1) if cycles else (NOTHING, -1)
         self.owed = (freeze, way) if way.disposition in ("accept", "discard") else None
@@ -107,17 +114,31 @@ class Aftermath:
 
     def promoted(self) -> bool:
         """A cycle was promoted; says whether that ends a probation."""
-        self._before = self._cycle, self.owed, self.probation, self.told
-        self.owed = None  # from here on it is the promoted state that the run goes on from
-        self.probation = max(0, self.probation - 1)
-        ends, self.told = self.told and not self.probation, self.told and self.probation > 0
-        return ends
+        self._count_promoted()
+        return self.ends()
 
     def unpromoted(self, cycle: int) -> None:
-        """The promotion of this cycle did not reach the disk: all is as before it."""
+        """The promotion of this cycle did not reach the disk: all is as before it, but for what the log says."""
         if self._before is not None and self._before[0] == cycle:
-            _, self.owed, self.probation, self.told = self._before
+            self._open, self.owed, self.probation = self._before
             self._before = None
+
+    def ends(self) -> bool:
+        """Whether the log has to say that a probation ended; asked once, since it is told then."""
+        ended = self.told and not self.probation
+        self.told = self.told and not ended
+        return ended
+
+    def _count_promoted(self) -> None:
+        self._before = self._cycle, self.owed, self.probation
+        self.owed = None  # from here on it is the promoted state that the run goes on from
+        self.probation = max(0, self.probation - 1)
+        self._open = None
+
+    def _went_back(self, cycle: int) -> None:
+        """A person went back to an earlier promotion: what was decided about later cycles is about none that comes."""
+        self._cycle, self._open = cycle, None
+        self.owed, self.over, self._waived = None, -1, (NOTHING, -1)
 
     @property
     def cycle(self) -> int:
@@ -128,7 +149,7 @@ class Aftermath:
     def spent(self) -> str:
         """Why the run may not be let go on any more, in one sentence; the empty string where it may."""
         budget = self._policy.halt_above
-        if budget is None:
+        if budget is None or not self._itself:
             return ""
         lately = sum(cycle > self._cycle - budget.cycles for cycle in self._freezes)
         if lately <= budget.freezes:

@@ -22,7 +22,7 @@ from loopguard.policy.diff import compare
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import replace_durably, writing
 from loopguard.snapshots.files import make_directory
-from loopguard.state import run_facts
+from loopguard.state import bring_latch, run_facts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -222,7 +222,14 @@ def lay_out(
 
 
 def check_second_latch(run_dir: Path, policy: GuardPolicy) -> None:
-    """Raise UsageError where the second place for a latch is none: one that takes no file, or lies in the run."""
+    """Raise UsageError where the second place for a latch is none: gone, takes no file, or lies in the run."""
+    facts = run_facts(run_dir) if (run_dir / "run.json").exists() else {}
+    recorded = facts.get("second_latch")
+    if isinstance(recorded, str) and not Path(recorded).parent.exists():
+        raise UsageError(
+            f"{Path(recorded).parent}, the second place for the latch of {run_dir}, is gone, and a latch may lie in "
+            "it: mount its volume; where that is gone for good, and nothing froze the run, make the folder again"
+        )
     if policy.freeze.second_latch is None:
         return
     folder = Path(policy.freeze.second_latch).expanduser()
@@ -245,6 +252,8 @@ def _second_latch(policy: GuardPolicy, run_id: str) -> dict[str, str]:
 def set_policy(run_dir: Path, loaded: LoadedPolicy) -> None:
     """From now on the directory belongs to this policy."""
     facts = run_facts(run_dir)
+    if facts.get("second_latch") != _second_latch(loaded.policy, facts["id"]).get("second_latch"):
+        bring_latch(run_dir)
     kept = {name: value for name, value in facts.items() if name != "second_latch"}
     body = kept | {"policy": loaded.digest} | _second_latch(loaded.policy, facts["id"])
     replace_durably(run_dir / "run.json", json.dumps(body, indent=1, sort_keys=True).encode() + b"\n")

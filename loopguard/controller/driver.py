@@ -88,7 +88,8 @@ class Standing:
                     standing._save(body["weights"])
                 case "snapshot.restored":
                     standing._undo(standing._last.saved)
-                    standing.restored = body["snapshot"]
+                    if "weights" not in body:  # a state that people accepted lies in its capsule
+                        standing.restored = body["snapshot"]
                 case _:
                     continue
         return standing

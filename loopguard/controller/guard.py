@@ -38,8 +38,9 @@ from loopguard.gates.updates import UpdateGate
 from loopguard.notify import mirrored
 from loopguard.policy.load import LoadedPolicy, load
 from loopguard.snapshots import Promoted, write_capsule
-from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, latched, run_facts, signal_facts
+from loopguard.state import FreezeState, anchor_lost, entered, latch_reason, run_facts, signal_facts
 from loopguard.types import ROLL_BACK, Decision, Expectation, ExpectedKind
+from loopguard.ways import unacceptable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -161,7 +162,7 @@ class LoopGuard:
         run_id = run_facts(directory)["id"] if known else f"run-{uuid.uuid4().hex[:12]}"
         notifier = directories.notifier(loaded.policy, directory) if here.leads else None
         cells = Cells(loaded.policy, run_id, runtimes or docker)
-        if not latched(directory):
+        if not read.latched(directory):
             cells.start()
         try:
             if here.leads:
@@ -200,10 +201,11 @@ class LoopGuard:
             if here.leads:
                 guard._settle()
                 guard._refuse_overdue()
-            signals.freeze_on(loaded.policy.freeze.signal, guard, directory)
+                guard._catch_up()
             if notifier is not None:
                 notifier.begin(log)
                 guard._notifier = notifier
+            signals.freeze_on(loaded.policy.freeze.signal, guard, directory)
         except BaseException:
             cells.close()
             log.close()
@@ -237,7 +239,6 @@ class LoopGuard:
         if self._closed:
             return
         self._closed = True
-        signals.stop_listening(self)
         try:
             self._calls.refuse()
             self._cells.close()
@@ -262,6 +263,7 @@ class LoopGuard:
                     self._notifier.close()
             finally:
                 self._log.close()
+                signals.stop_listening(self)  # last: until here a signal freezes, and does not kill what is written
         if finished and lost is not None:
             raise lost  # what was promoted last is not on disk, and nobody else would say so
 
@@ -449,6 +451,8 @@ class LoopGuard:
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
+        if ready is not None and not callable(ready):
+            raise UsageError(f"guard.cycles(ready={ready!r}): give a function that says whether a cycle may begin")
         if self._driven:
             raise UsageError("this guard is attached to a trainer, which begins its cycles by itself: call train()")
         return self._turns(count, warmup=warmup, ready=ready)
@@ -538,6 +542,7 @@ class LoopGuard:
         if not consensus.several:
             return
         self._listen()
+        self._resumed = None  # the others are about to be told where rank 0 stands
         store = SharedStore(self._good.store.root, consensus.peers, self._whole_state)
         standings = self._gather(
             {
@@ -575,11 +580,12 @@ class LoopGuard:
 
     def _halted(self, cycle: int) -> bool:
         """Whether no cycle may begin. All ranks are told the same."""
-        self._listen()
         consensus = self._consensus
         if not consensus.several:
+            self._listen()
             return self._state.frozen
         if not consensus.stopped:
+            self._listen()  # else where they wait together: a resume has to reach all of them
             decision = consensus.answer(consensus.ask(QUIET, at="cycle", number=cycle))
             if not decision.allowed:
                 self._freeze(decision, cycle=None, roll_back=not decision.facts.get("withheld_in_time"), agreed=True)
@@ -662,7 +668,7 @@ class LoopGuard:
             facts={"update": update, "restored": restored, **capsule},
         )
         self._after.froze(freeze, gate=decision.gate, cycle=cycle)
-        self._state.probation = 0
+        self._resumed = None  # it was about the freeze before
         if spent := self._after.spent:
             self._state.halt(by="loopguard", reason=spent, because="budget")
         return freeze
@@ -691,8 +697,8 @@ class LoopGuard:
             self._state.halt(by=by, reason=reason, because="decision", consent=consent)
             self._resumed = by, reason, way, consent
             return
-        if way.disposition == "accept" and (why := self._unacceptable()):
-            self._log.append("note.added", {"by": "loopguard", "text": f"the run stays frozen: {why}"})
+        if way.disposition == "accept" and (why := unacceptable(self.run_dir, self._state.freeze_id)):
+            self._state.stay_frozen(why)
             return
         back = self._learner is not None and self._good.held
         if back and self._good.accepted and way.disposition != "accept":
@@ -712,14 +718,6 @@ class LoopGuard:
             self._pay_what_is_owed()
         self._tell_probation()
 
-    def _unacceptable(self) -> str:
-        """Why the suspect state cannot be gone on with, or the empty string."""
-        try:
-            suspect_state(self.run_dir, self._state.freeze_id)
-        except UsageError as error:
-            return str(error)
-        return ""
-
     def _pay_what_is_owed(self) -> None:
         """Do to the learner what people decided at the last resume; again at a start, until something is promoted."""
         if self._after.owed is None or self._state.frozen:
@@ -731,7 +729,13 @@ class LoopGuard:
             learner.reseed(f"{self.run_id} {freeze}")
             self._good.adopt(self._whole_state(), self._facts(cycle=self.promoted_cycle))
             return
-        name, state = suspect_state(self.run_dir, freeze)
+        try:
+            name, state = suspect_state(self.run_dir, freeze)
+        except UsageError as error:
+            raise UsageError(
+                f"{error}. It was accepted before it was damaged: freeze the run (`loopguard freeze`), and resume it "
+                "in another way"
+            ) from error
         self._put_back(state, actor_too=learner.same_actor)
         rule = str(entered(self.run_dir).body.get("rule"))
         self._updates_gate.relearn(rule)
@@ -747,7 +751,7 @@ class LoopGuard:
         if rule is not None and self._after.probation and not self._after.told:
             self._after.told = True
             self._log.append("probation.began", {"cycles": self._after.probation, "tighten": rule.tighten})
-        self._state.probation = self._after.probation
+        self._state.tell(probation=self._after.probation)
 
     def _begin(self, cycle: int) -> None:
         """As strict as this cycle has to be: a probation tightens, a waiver lets one rule pass."""
@@ -761,7 +765,7 @@ class LoopGuard:
 
     def _count_promoted(self) -> None:
         ended = self._after.promoted()
-        self._state.probation = self._after.probation
+        self._state.probation = self._after.probation  # the promotion is told next
         if ended:
             self._log.append("probation.ended", {}, cycle=self._after.cycle)
 
@@ -772,20 +776,23 @@ class LoopGuard:
         if not reason:
             return True
         self._log.append("hold.entered", {"reason": reason})
-        self._state.hold = reason
-        self._state.remember(cycle=None)
-        while reason and not stop:
-            time.sleep(_POLL_S)
-            self._listen()
-            reason, stop, too_long = self._why_hold(ready, since=begun)
-            if reason and too_long and not stop:
-                why = f"on hold for longer than the guard policy allows ({self.policy.hold.at_most_s:g} s): {reason}"
-                trip = Decision(result="freeze", gate="operator", rule="hold", reason=why)
-                self._freeze(trip, cycle=None, agreed=True)
-                stop = True
-        self._state.hold = ""
-        self._log.append("hold.ended", {"held_s": round(time.monotonic() - begun, 3), "frozen": self._state.frozen})
-        self._state.remember(cycle=None)
+        self._state.tell(hold=reason)
+        try:
+            while reason and not stop:
+                time.sleep(_POLL_S)
+                self._listen()
+                reason, stop, too_long = self._why_hold(ready, since=begun)
+                if reason and too_long and not stop:
+                    most = self.policy.hold.at_most_s
+                    why = f"on hold for longer than the guard policy allows ({most:g} s): {reason}"
+                    trip = Decision(result="freeze", gate="operator", rule="hold", reason=why)
+                    self._freeze(trip, cycle=None, agreed=True)
+                    stop = True
+        finally:
+            # Also where `ready` raises, or somebody is in a hurry.
+            held_s = round(time.monotonic() - begun, 3)
+            self._log.append("hold.ended", {"held_s": held_s, "frozen": self._state.frozen})
+            self._state.tell(hold="")
         return False  # look again: of several ranks another one may have frozen
 
     def _hold_reason(self, ready: Callable[[], bool] | None) -> str:
@@ -949,7 +956,6 @@ class LoopGuard:
         stream = self._consensus.place.stream
         trail = directories.Trail(read.entries(self.run_dir, stream))
         self._after = Aftermath.of(read.entries(self.run_dir, stream, types=aftermath.TYPES), self.policy.freeze)
-        self._state.probation = self._after.probation
         promoted = self._good.promoted
         pointer = promoted.snapshot if promoted else None
         if leads and pointer not in trail.credible:
@@ -1006,7 +1012,14 @@ class LoopGuard:
         """Nothing has been trained, so there is nothing to keep or to undo."""
         freeze = self._state.freeze(decision, cycle=None, facts={})
         self._after.froze(freeze, gate=decision.gate, cycle=None)
-        self._state.probation = 0
+
+    def _catch_up(self) -> None:
+        """Say what a process that died had come to and could not say any more."""
+        if self._state.frozen and not self._state.halted and (spent := self._after.spent):
+            self._state.halt(by="loopguard", reason=spent, because="budget")
+        if self._after.ends():
+            self._log.append("probation.ended", {}, cycle=self._after.cycle)
+        self._state.tell(hold="", probation=self._after.probation)
 
     def _where(self) -> str:
         cycle = self.promoted_cycle

@@ -1,5 +1,7 @@
 """The data gate: record by record, then the batch as a whole."""
 
+from typing import ClassVar
+
 import pytest
 
 from loopguard.gates.data import DataGate, holds
@@ -163,7 +165,7 @@ def test_a_check_whose_call_failed_does_not_hold():
 
 
 class TestStrictness:
-    KEPT = {"kept_share": {"min": 0.0, "max": 1.0, "max_change": 0.5}}
+    KEPT: ClassVar = {"kept_share": {"min": 0.0, "max": 1.0, "max_change": 0.5}}
 
     def kept(self, gate, share):
         return gate.verdict([record(n) for n in range(round(share * 100))], proposed=100)
