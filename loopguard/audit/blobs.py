@@ -41,6 +41,7 @@ AT_ONCE = 1000
 """How many commitments a record names at most."""
 
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
+_SIZES = range(2**53)
 _HEAD_BYTES = len(MAGIC) + SALT_BYTES
 
 
@@ -65,7 +66,9 @@ def _named(member: str, told: Any) -> Named | None:
     if not isinstance(told, dict) or told.keys() != {"commitment", "bytes"}:
         return None
     commitment, size = told["commitment"], told["bytes"]
-    if not isinstance(commitment, str) or not _COMMITMENT.fullmatch(commitment) or type(size) is not int or size < 0:
+    if not isinstance(commitment, str) or not _COMMITMENT.fullmatch(commitment):
+        return None
+    if type(size) is not int or size not in _SIZES:
         return None
     return Named(member, commitment, size)
 

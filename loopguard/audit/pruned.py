@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 FILE = "pruned.json"
 RECORD = "log.pruned"
 
+_NUMBERS = range(2**53)
+
 
 class BadPrunedError(ValueError):
     """A record or a file that does not say what was pruned. The message is the reason."""
@@ -234,6 +236,6 @@ def _text(body: Mapping[str, Any], name: str) -> str:
 
 def _count(body: Any, name: str) -> int:
     value = body.get(name) if isinstance(body, dict) else None
-    if type(value) is not int or value < 0:
+    if type(value) is not int or value not in _NUMBERS:
         raise BadPrunedError(f"has no {name}")
     return value

@@ -1,6 +1,7 @@
 """Verify the audit log of a LoopGuard run without LoopGuard: one file, Python 3.11, the package `cryptography`.
 
-    python standalone.py RUN_DIR [--expect-head SEQ:HASH] [--key VKEY]... [--anchors PLACE]... [--json]
+    python standalone.py RUN_DIR [--expect-head SEQ:HASH] [--key VKEY]... [--anchors PLACE]... [--without-payloads]
+                                 [--json]
 
 It was written from docs/audit-format.md and docs/resume.md and shares no code with `loopguard audit verify`: where the
 two give different codes for a folder, one of them is wrong. It reads each file once, holds one record at a time, writes
@@ -11,13 +12,17 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
+import io
 import json
 import math
 import os
 import re
+import stat
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from enum import IntEnum
@@ -52,20 +57,41 @@ FIELDS: dict[str, type] = dict.fromkeys(("boot", "hash", "id", "log", "policy", 
 FIELDS |= dict.fromkeys(("epoch", "mono_ns", "seq", "v"), int) | {"cycle": int}
 FIELDS |= {"actor": dict, "body": dict, "cause": list, "redacted": list}
 KINDS = [*FIELDS.values()], [*(FIELDS | {"cycle": type(None)}).values()]
+NUMBER, LINE_BYTES, BLOCK_BYTES, NOTE_BYTES = range(2**53), 512 * 1024, 64 * 1024, 64 * 1024
 
 
 def fits(value: Any, shape: Any) -> bool:
-    """Whether a JSON value is of one of some types, a text of a pattern, a number in a range, or has some members."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(fits(value.get(name), one) for name, one in shape.items())
-    if isinstance(shape, str):
-        return isinstance(value, str) and re.fullmatch(shape, value) is not None
-    return type(value) is int and value in shape if isinstance(shape, range) else type(value) in shape
+    """Whether a JSON value is an object or a list of shapes, of one of some, a text, a number in a range, of a type."""
+    match shape:
+        case dict():
+            return isinstance(value, dict) and all(fits(value.get(name), one) for name, one in shape.items())
+        case list():
+            return isinstance(value, list) and all(fits(one, shape[0]) for one in value)
+        case tuple():
+            return any(fits(value, one) for one in shape)
+        case str():
+            return isinstance(value, str) and re.fullmatch(shape, value) is not None
+        case range():
+            return type(value) is int and value in shape
+        case _:
+            return type(value) is shape
 
 
 def sha256(data: bytes) -> str:
     """The SHA-256 of these bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def beginning(path: Path, most: int) -> bytes:
+    """The bytes of a file, or one more than so many of a larger one. Raises OSError."""
+    with path.open("rb") as file:
+        return file.read(most + 1)
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file, in hex. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def seconds(one: str, other: str) -> float:
@@ -92,10 +118,7 @@ def record_in(line: bytes) -> Json:
     at = line.rfind(b',"hash":"')
     stated, rest = line[at + 9 : at + 73], line[:at] + line[at + 74 :]
     need(at >= 0 and line[at + 73 : at + 75] == b'",', "no record")
-    need(
-        sha256(b"loopguard-record-v1\n" + rest).encode() == stated,
-        "the record was altered: its hash is not that of its bytes",
-    )
+    need(sha256(b"loopguard-record-v1\n" + rest).encode() == stated, "the record was altered: it has another hash")
     record = object_in(line)
     need(record.get("v", 1) == 1, "the record is of a later format", Code.UNREADABLE)
     sound = record.keys() == FIELDS.keys() and [*map(type, map(record.get, FIELDS))] in KINDS
@@ -112,20 +135,79 @@ def record_or_none(line: bytes) -> Json | None:
         return None
 
 
+# -- the front that is gone, and the files of what is left
+SPAN, NONE = {"from": NUMBER, "to": NUMBER}, type(None)
+PRUNED: Json = dict.fromkeys(("since", "until", "by", "reason"), str) | {"before": "(?s:.+)", "bytes": COUNT}
+PRUNED |= dict.fromkeys(("from", "through"), COUNT) | {"epoch": NUMBER, "hash": HEX64, "digest": HEX64}
+PRUNED |= {"edge": [HEX64], "segments": [str], "torn": [str]}
+PRUNED["state"] = {"calls": [str], "orphans": [str], "lease": (SPAN, NONE), "promotion": (str, NONE)}
+PRUNED["state"] |= {"policy": (dict, NONE), "key": str, "freezes": NUMBER}
+
+
+def check_pruned(record: Json) -> None:
+    """Raise ValueError unless a record says which records were pruned, and what was under way behind them."""
+    need(record["type"] == "log.pruned" and fits(record["body"], PRUNED), "it does not say what was pruned")
+    first, through, edge = (record["body"][name] for name in ("from", "through", "edge"))
+    need(first <= through < record["seq"] and len(edge) == through.bit_count(), "what it says was pruned cannot be so")
+
+
+def front_of(folder: Path) -> tuple[Json, str]:
+    """The record in `pruned.json`, empty where there is none, and what is wrong with it. Raises OSError."""
+    if not (path := folder / "pruned.json").exists():
+        return {}, ""
+    try:
+        line = beginning(path, LINE_BYTES)
+        need(line.endswith(b"\n") and len(line) <= LINE_BYTES, "it is not one line")
+        check_pruned(record := record_in(line))
+    except ValueError as error:
+        return {}, f"{path}: {error.args[0]}"
+    return record, ""
+
+
 def segments(folder: Path) -> list[Path]:
-    """The segments of a stream, in order."""
-    found = folder.iterdir() if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"seg-[0-9]{12}\.jsonl", path.name))
+    """The segments of a stream that were not pruned, in order; of one in both forms the raw one. Raises OSError."""
+    front, _ = front_of(folder)
+    found = sorted(folder.iterdir(), reverse=True) if folder.is_dir() else ()
+    forms = {path.name[:22]: path for path in found if re.fullmatch(r"seg-[0-9]{12}\.jsonl(\.gz)?", path.name)}
+    gone = front["body"]["through"] if front else 0
+    return [path for _, path in sorted(forms.items()) if int(path.name[4:16]) > gone]
 
 
-def lines_of(folder: Path) -> Iterator[tuple[str, bytes, int, bool]]:
-    """Each line with its place, the number in its segment's name if it is the first, and whether that is the last."""
-    for path in (paths := segments(folder)):
-        with path.open("rb") as file:
-            number, line, last = 0, b"\n", path == paths[-1]
-            while line.endswith(b"\n") and ((line := file.readline(512 * 1024)) or not (number or last)):
-                number += 1  # an empty segment that is not the last has one empty line
-                yield f"{path}:{number}", line, 0 if number > 1 else int(path.stem[4:]), last
+class Unpacked(io.RawIOBase):
+    """What is in a compressed segment. Reading raises ValueError where that is not one whole gzip member."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self.file, self.inflate, self.size = file, zlib.decompressobj(31), 0  # 31: in the format of gzip
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        """Unpack as much as there is room for; 0 at the end."""
+        data = b""
+        while not data and not self.inflate.eof:
+            packed = self.inflate.unconsumed_tail or self.file.read(BLOCK_BYTES)
+            need(packed, "the compressed segment ends in the middle")
+            try:
+                data = self.inflate.decompress(packed, len(buffer))
+            except zlib.error as error:
+                raise ValueError(f"the compressed segment is damaged: {error}") from error
+        self.size += len(data)
+        need(self.size <= 2**30, "the compressed segment holds more than 1 GiB")
+        need(data or not (self.inflate.unused_data or self.file.read(1)), "something follows the compressed segment")
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def lines_of(path: Path) -> Iterator[bytes]:
+    """The lines of a segment, up to one that does not end. Raises OSError, and ValueError at a damage."""
+    path = path if path.exists() else path.with_name(f"{path.name}.gz")  # it was compressed since it was listed
+    with path.open("rb") as file:
+        lines = io.BufferedReader(Unpacked(file), BLOCK_BYTES) if path.suffix == ".gz" else file
+        line = b"\n"
+        while line.endswith(b"\n") and (line := lines.readline(LINE_BYTES)):
+            yield line
 
 
 def is_cut(line: bytes) -> bool:
@@ -170,7 +252,9 @@ def key_in(given: str) -> tuple[tuple[str, bytes], tuple[str, bytes]]:
 def note_in(data: bytes, origin: str, keys: Keys, *, elsewhere: bool) -> Mark:
     """The checkpoint in a note. Raises ValueError; InvalidSignature where a trusted key did not sign in its name."""
     match, signers = re.fullmatch(NOTE, data.decode()), []
-    need(match and len(data) <= 64 * 1024 and not re.search(rb"[\0-\x09\x0b-\x1f]", data), f"{origin} is no checkpoint")
+    need(
+        match and len(data) <= NOTE_BYTES and not re.search(rb"[\0-\x09\x0b-\x1f]", data), f"{origin} is no checkpoint"
+    )
     text, log, size, root, lines = match.groups("") if match else ("",) * 5
     for _, name, encoded in (line.split(" ") for line in lines.split("\n")[:-1]):
         made = base64.b64decode(encoded)
@@ -188,7 +272,7 @@ def kept_at(place: Path) -> Iterator[tuple[str, bytes]]:
         for path in sorted(path for path in place.rglob("*") if path.suffix in {".note", ".jsonl"} and path.is_file()):
             yield from kept_at(path)
     elif place.suffix == ".note" and not is_git:
-        yield str(place), place.read_bytes()
+        yield str(place), beginning(place, NOTE_BYTES)
     else:
         command = ["git", "-C", str(place), "log", "--format=%B", "refs/heads/loopguard-anchors"]
         clean = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
@@ -280,11 +364,11 @@ WAYS, SAID = "rollback|discard|accept|halt", ("freeze", "reason", "disposition",
 STATEMENT: Json = dict.fromkeys(("run", "freeze", "reason", "requester"), "(?s:.{1,8192})") | {"v": range(1, 2)}
 STATEMENT |= dict.fromkeys(("entered", "head_hash", "policy", "next_policy"), HEX64) | {"head_seq": COUNT}
 STATEMENT |= {"not_before": TIME, "expires": TIME, "disposition": WAYS, "target": f"nothing|{HEX64}"}
-STATEMENT |= {"waives": "(?s:.{1,8192})", "waives_cycles": range(2**53)}
+STATEMENT |= {"waives": "(?s:.{1,8192})", "waives_cycles": NUMBER}
 STATEMENT |= {"policy_change": "none|tightened|loosened", "nonce": "[0-9a-f]{32}"}
-SPAN = {"from": (int,), "to": (int,)}
-RESUME: Json = {"approval": "signed", "judged": TIME, "approvals": (list,)}
-RULE: Json = {"approvals": range(1, 65), "people": (dict,), "requester_may_approve": (bool,)}
+UPDATES: Json = {"from": int, "to": int}
+RESUME: Json = {"approval": "signed", "judged": TIME, "approvals": list}
+RULE: Json = {"approvals": range(1, 65), "people": dict, "requester_may_approve": bool}
 RULE |= {"within_s": (int, float), "execute_within_s": (int, float)}
 ABOUT_APPROVALS = {"policy.loaded", "policy.adopted", "run.started", "freeze.requested", "freeze.entered"}
 NOBODY_ASKED = {"tool.decided", "tool.finished", "update.applied", "note.added", "sandbox.created", "sandbox.removed"}
@@ -313,19 +397,29 @@ class Permissions:
 
     def __init__(self, *, owner: bool) -> None:
         self.owner = owner  # resumes are asked for in this stream; the others hold them without what led there
-        self.lease, self.weights = range(0), ""  # updates that may be applied, and weights that may become the actor
+        self.lease = range(0)  # updates that may be applied
+        self.weights: str | None = None  # that may become the actor
         self.calls, self.nonces, self.people = set[str](), set[str](), set[str]()
         self.rule, self.waits, self.granted = Json(), Json(), Json()  # the statement that waits, and that was granted
         self.frozen: str | None = None
         self.tripped, self.halted = "", False  # the rule of the last freeze, and whether the run has ended for good
         self.hashes: dict[int, str] = {}  # of the last freeze, and of the records since
-        self.policy = self.request = self.latest = self.start_before = ""
+        self.policy = self.request = self.latest = ""
+        self.start_before: str | None = None  # until when the run has to be started, or had to be
         self.adopted, self.agrees, self.runs = ("", ""), False, False
+
+    def begin(self, state: Json) -> None:
+        """Go on from what was under way behind records that are gone."""
+        self.calls, self.weights, self.runs = {*state["calls"], *state["orphans"]}, state.get("promotion"), True
+        if lease := state.get("lease"):
+            self.lease = range(lease["from"], lease["to"] + 1)
+        if policy := state.get("policy"):
+            self._loaded(str(policy.get("digest")), rule_in(policy.get("resume")))
 
     def acted(self, kind: str, body: Json) -> None:
         """Whether the records before allow what this one tells. Raises ValueError."""
         lease, call, told = self.lease, str(body.get("call")), body if kind.startswith("update.") else {}
-        span = range(told["from"], told["to"] + 1) if told and fits(told, SPAN) else range(0)
+        span = range(told["from"], told["to"] + 1) if told and fits(told, UPDATES) else range(0)
         match kind:
             case "tool.decided" if body.get("result") == "allow":
                 self.calls.add(call)
@@ -338,12 +432,12 @@ class Permissions:
             case "update.applied":
                 need(span and span[0] in lease and span[-1] in lease, f"{span} was applied; the lease is {lease}")
             case "promotion.decided":
-                self.weights = str(body.get("weights")) if body.get("result") == "allow" else ""
+                self.weights = str(body.get("weights")) if body.get("result") == "allow" else None
             case "promotion.applied":
-                allowed, self.weights = self.weights, ""
-                need(allowed and allowed == str(body.get("actor")), "weights were promoted that no decision allowed")
+                allowed, self.weights = self.weights, None
+                need(allowed == str(body.get("actor")), "weights were promoted that no decision allowed")
             case "log.opened" | "update.settled" | "freeze.entered":
-                self.lease, self.weights = range(0), "" if kind == "freeze.entered" else self.weights
+                self.lease, self.weights = range(0), None if kind == "freeze.entered" else self.weights
             case "resume.applied" | "run.halted":
                 named = body.get("by") and body.get("reason") and str(body.get("freeze")) == self.frozen
                 need(named, f"{kind} of no freeze in force, or without a name or a reason")
@@ -353,10 +447,11 @@ class Permissions:
 
     def agreed(self, kind: str, body: Json, record: Json) -> None:
         """Whether people agreed to what takes that. Raises ValueError."""
-        ts, before, rule, told = record["ts"], self.latest, self.rule, body.get("statement")
-        sound = isinstance(told, dict) and fits(told, STATEMENT) and told.keys() == STATEMENT.keys()
-        sound = sound and (told["waives"] == "nothing") == (not told["waives_cycles"])
-        statement: Json = told if sound else {}
+        ts, before, rule = record["ts"], self.latest, self.rule
+        statement: Json = body["statement"] if fits(body, {"statement": STATEMENT}) else {}
+        sound = statement.keys() == STATEMENT.keys()
+        sound = sound and (statement["waives"] == "nothing") == (not statement["waives_cycles"])
+        statement = statement if sound else {}
         if self.frozen is not None:
             self.hashes[record["seq"]] = record["hash"]
         if kind in ABOUT_APPROVALS:
@@ -366,9 +461,10 @@ class Permissions:
             case "log.opened":
                 self.runs = False
             case "run.started":
-                self.runs, self.start_before = True, self.start_before if self.latest > self.start_before else ""
-            case "cycle.started" | "update.leased" | "data.admitted" if self.start_before:
-                self.start_before = ""
+                late = self.start_before is not None and self.latest > self.start_before
+                self.runs, self.start_before = True, self.start_before if late else None
+            case "cycle.started" | "update.leased" | "data.admitted" if self.start_before is not None:
+                self.start_before = None
                 raise ValueError("the run went on, and was not started by when people had agreed to")
             case "policy.loaded":
                 self._loaded(str(body.get("digest")), rule_in(body.get("resume")))
@@ -380,7 +476,7 @@ class Permissions:
                 need(self.agrees or not rule or body.get("change") != "loosened", "nobody approved a looser policy")
             case "freeze.entered":
                 self.frozen, self.hashes = str(body.get("freeze")), {record["seq"]: record["hash"]}
-                self.granted, self.start_before, self.tripped = {}, "", str(body.get("rule"))
+                self.granted, self.start_before, self.tripped = {}, None, str(body.get("rule"))
             case "resume.requested" if rule and statement:
                 self.request, self.people = str(body.get("request")), set()
                 self.waits = statement if not back and self._stands(statement, record) else {}
@@ -396,14 +492,20 @@ class Permissions:
             case "run.halted":
                 waits, self.waits, self.halted = self.waits, {}, True
                 if rule and body.get("because") != "budget":
-                    self._resumed(body, ts, statement, waits, before)
+                    self._decided(body, ts, statement, waits, before)
+                    need(statement["disposition"] == "halt", "the run was halted, and people agreed to go on")
             case "resume.applied":
                 waits, self.waits, self.hashes = self.waits, {}, {}
                 self.frozen = self.frozen if self.halted else None
                 self.granted = statement | {"ts": ts, "within_s": rule.get("execute_within_s", 0)}
-                self.start_before = str(body.get("execute_before") or "") if self.owner else ""
+                until = body.get("execute_before")
+                self.start_before = until if self.owner and isinstance(until, str) else None
                 if rule:
-                    self._resumed(body, ts, statement, waits, before)
+                    self._decided(body, ts, statement, waits, before)
+                    need(statement["disposition"] != "halt", "the run went on, and people agreed to halt it")
+                    lasts_s = seconds(body["judged"], str(until)) if fits(until, TIME) else math.nan
+                    in_time = 0 <= lasts_s <= rule["execute_within_s"] or (until is None and self.runs)
+                    need(in_time or not self.owner, "a resume that does not say by when the run has to start")
 
     def _loaded(self, digest: str, rule: Json) -> None:
         same, before, adopted, agrees = digest == self.policy, self.rule, self.adopted, self.agrees
@@ -427,8 +529,8 @@ class Permissions:
         in_time = seconds(record["ts"], statement["not_before"]) <= 1 and record["ts"] < statement["expires"]
         return sound and same and in_time and 0 < last_s <= self.rule["within_s"]
 
-    def _resumed(self, body: Json, ts: str, statement: Json, waits: Json, before: str) -> None:
-        sound, rule, until, given = fits(body, RESUME), self.rule, body.get("execute_before"), list[Json]()
+    def _decided(self, body: Json, ts: str, statement: Json, waits: Json, before: str) -> None:
+        sound, rule, given = fits(body, RESUME), self.rule, list[Json]()
         need(sound and statement, "a resume that nobody signed, or that does not say what, or when that was counted")
         for each in body["approvals"][:65]:
             given.append(approval_in(each, statement, rule, {one["person"] for one in given}, body["judged"]))
@@ -440,16 +542,19 @@ class Permissions:
         if self.owner:
             need(waits == statement and waits["policy"] == self.policy, "a resume that no request waited for")
             need(before <= body["judged"] < waits["expires"], "approvals were counted too late, or before they came")
-            in_time = fits(until, TIME) and 0 <= seconds(body["judged"], str(until)) <= rule["execute_within_s"]
-            in_time = in_time or (until is None and self.runs) or statement["disposition"] == "halt"
-            need(in_time, "a resume that does not say by when the run has to start")
 
 
 # -- a stream
+APART = {"tool.decided": ("code", "stdin"), "tool.finished": ("stdout", "stderr")}
+BLOB, SALT_BYTES, COMMITMENT = b"loopguard-blob-v1\n", 32, {"commitment": HEX64, "bytes": NUMBER}
+
+
 class Stream:
     """The verification of one stream: what its records come to, and where they say that other streams stand."""
 
-    def __init__(self, run_dir: Path, name: str, home: str, keys: Keys, marks: Iterable[Mark]) -> None:
+    def __init__(
+        self, run_dir: Path, name: str, home: str, keys: Keys, marks: Iterable[Mark], *, without_payloads: bool
+    ) -> None:
         self.run_dir, self.name, self.keys, self.folder = run_dir, name, keys, run_dir / "audit" / name
         self.log, self.place = f"{home}{name}" if home else "", str(self.folder)
         self.seq, self.hash, self.epoch, self.tail, self.proven, self.signed = 0, "0" * 64, 0, 0, 0, 0
@@ -457,6 +562,9 @@ class Stream:
         self.key, self.before, self.policies, self.findings = "", dict[str, Any](), {""}, list[str]()
         self.codes, self.broken, self.over = {Code.OK}, Code.OK, False
         self.apart = COUNT.stop  # up to where a trusted key signed other records than are here
+        self.without_payloads, self.missed = without_payloads, dict[str, str]()  # blobs that no record says were erased
+        self.front, self.told = Json(), False  # what stands for records that are gone, and whether the log says so too
+        self.paths: list[Path] = []
         self.others: dict[str, list[Mark]] = {}
         self.permissions = Permissions(owner=name == "controller")
         self.marks: dict[int | str, list[Mark | Path]] = {}  # a path is of a note beside the log
@@ -485,33 +593,69 @@ class Stream:
         for path in home.iterdir() if home.is_dir() else ():
             if re.fullmatch(r"[1-9][0-9]{0,15}\.note", path.name):
                 self.marks.setdefault(int(path.stem), []).append(path)
-        for self.place, line, named, last in lines_of(self.folder):  # noqa: B020 - findings say where
-            if last and not line.endswith(b"\n") and is_cut(line):
-                self.ask(Code.WARN, need, False, "the last line is cut")
-                continue
-            record = self.ask(Code.TAMPER, record_in, line)
-            if record and not self.over and self.ask(Code.TAMPER, self._follows, record, named, line):
-                self._look(record, record["type"], record["body"])
+        (self.front, trouble), self.paths = front_of(self.folder), segments(self.folder)
+        if self.front:
+            self._begin(self.front, self.front["body"])
+        for path in self.paths:
+            self.place = str(path)
+            self.ask(Code.TAMPER, self._segment, path)
         self.place = str(self.folder)
         self.ask(Code.MISSING, need, self.seq or self.over, "there is no log, or no record in it")
-        for at, (mark, *_) in self.marks.items() if segments(self.folder) and not self.over else ():
+        self.ask(Code.TAMPER, need, not trouble, trouble)
+        if self.front:
+            told = "records up to {through} were pruned by {by}: {reason}".format(**self.front["body"])
+            self.ask(Code.TAMPER, need, self.told, f"{told}; but no record of the log says so")
+            self.ask(Code.WARN, need, not self.told, told)
+        for at, (mark, *_) in self.marks.items() if self.paths and not self.over else ():
             known, origin = isinstance(at, int) and at <= self.seq, mark.origin if isinstance(mark, Mark) else mark
+            known = known or (isinstance(at, str) and bool(self.front))  # it may be of a record that is gone
             self.ask(Code.TRUNCATED, need, known, f"ends at record {self.seq}; {origin} knows of {at}")
+        for of in self.missed.values():
+            self.ask(Code.MISSING, need, False, f"{of} is gone, and no record behind it says that it was erased")
         if self.broken == Code.REPLACED and self.apart <= self.signed:
             self.broken = Code.FORK
             self.findings.insert(0, f"{self.place}: a trusted key signed two histories of it")
+
+    def _begin(self, front: Json, body: Json) -> None:
+        """Go on from the last record that is gone."""
+        self.log = self.log or (front["log"] if front["log"].endswith(f"/{self.name}") else "")
+        self.seq, self.hash, self.epoch, self.key = body["through"], body["hash"], body["epoch"], body["state"]["key"]
+        sizes = [1 << bit for bit in reversed(range(self.seq.bit_length())) if self.seq >> bit & 1]
+        self.edge = [*zip(sizes, map(bytes.fromhex, body["edge"]), strict=True)]
+        self.permissions.begin(body["state"])
+        for at in [at for at in self.marks if isinstance(at, int) and at < self.seq]:  # which cannot be compared
+            for mark in self.marks.pop(at):
+                back = isinstance(mark, Mark) and mark.otherwise == Code.FORK
+                self.ask(Code.FORK, need, not back, f"the controller goes back behind record {at}")
+        self._remember()
+
+    def _segment(self, path: Path) -> None:
+        """Ask everything of the records of a segment. Raises ValueError where it is damaged, or wrongly empty."""
+        number, named, last = 0, int(path.name[4:16]), path == self.paths[-1]
+        for number, line in enumerate(lines_of(path), 1):
+            self.place = f"{path}:{number}"
+            if last and path.suffix != ".gz" and not line.endswith(b"\n") and is_cut(line):
+                self.ask(Code.WARN, need, False, "the last line is cut")
+                break
+            record = self.ask(Code.TAMPER, record_in, line)
+            if record:
+                is_named = record["seq"] if number > 1 else named
+                if not self.over and self.ask(Code.TAMPER, self._follows, record, is_named, line):
+                    self._look(record, record["type"], record["body"])
+                self._apart(record["type"], record["body"])
+        need(number or last, "the segment is empty")
 
     def _follows(self, record: Json, named: int, line: bytes) -> bool:
         """Whether this is the record that belongs here. Raises ValueError where it is not."""
         seq = record["seq"]
         self.log = self.log or (record["log"] if record["log"].endswith(f"/{self.name}") else "")
         need(record["log"] == self.log, "the record is of another run or stream", Code.SPLICE)
-        for _, other, _, _ in lines_of(self.folder) if seq <= self.seq else ():
+        for other in (line for path in self.paths for line in lines_of(path)) if seq <= self.seq else ():
             twin = record_or_none(other) or record
             need(twin["seq"] != seq or twin["hash"] == record["hash"], f"two different records {seq}", Code.FORK)
         need(seq == self.seq + 1 and record["prev"] == self.hash, "the record does not follow the one before it")
         need(record["epoch"] >= self.epoch, "the record is of an earlier epoch: old state wrote on", Code.FORK)
-        need(named in {0, seq}, "the record is not the one that its segment is named for")
+        need(named == seq, "the record is not the one that its segment is named for")
         need(line.endswith(b"\n"), "the record does not end its line")
         self.seq, self.hash, self.epoch = seq, record["hash"], record["epoch"]
         size, node = 1, hashlib.sha256(b"\0" + bytes.fromhex(self.hash)).digest()
@@ -525,8 +669,7 @@ class Stream:
         before, self.before, policy = self.before or record, record, record["policy"]
         self.tail = self.tail if kind in {"anchor.kept", "anchor.failed"} and not body.get("required") else self.seq
         self.key = str(body.get("key")) if kind == "log.opened" else self.key
-        for mark in (*self.marks.pop(self.seq, ()), *self.marks.pop(self.hash, ())):
-            self.ask(Code.TAMPER, self._compare, mark)
+        self._remember()
         if before["ts"] > record["ts"] or (before["boot"] == record["boot"] and before["mono_ns"] > record["mono_ns"]):
             self.ask(Code.WARN, need, False, "clock_back: a clock went back")
         if policy not in self.policies:
@@ -536,8 +679,11 @@ class Stream:
         if kind == "log.recovered":
             self.ask(Code.WARN, need, False, "a cut last line was set aside")
             torn = self.folder / (str(body["file"]) if fits(body, {"file": r"torn-[0-9]{12}(-[0-9]+)?\.bin"}) else "")
-            same = not torn.is_file() or sha256(torn.read_bytes()) == body.get("digest")
+            same = not torn.is_file() or digest_of(torn) == body.get("digest")
             self.ask(Code.TAMPER, need, same, f"{torn} is not what was set aside")
+        if kind == "log.pruned":
+            self.told = self.told or (self.seq, self.hash) == (self.front.get("seq"), self.front.get("hash"))
+            self.ask(Code.PROTOCOL, check_pruned, record)
         if kind == "streams.committed" and self.name == "controller" and isinstance(body.get("streams"), dict):
             for name, stands in body["streams"].items():
                 self.ask(Code.PROTOCOL, self._commits, name, stands, f"record {self.seq} of the controller")
@@ -545,10 +691,15 @@ class Stream:
         if kind not in NOBODY_ASKED or self.permissions.frozen is not None:  # of a log nearly all is about these
             self.ask(Code.APPROVAL, self.permissions.agreed, kind, body, record)
 
+    def _remember(self) -> None:
+        """Ask whether the records so far are those that others know of."""
+        for mark in (*self.marks.pop(self.seq, ()), *self.marks.pop(self.hash, ())):
+            self.ask(Code.TAMPER, self._compare, mark)
+
     def _compare(self, mark: Mark | Path) -> None:
         """Whether the records so far are those of a mark. Raises ValueError."""
         if isinstance(mark, Path):  # beside the log: without a signature it proves nothing, and must not contradict it
-            mark = note_in(mark.read_bytes(), str(mark), self.keys, elsewhere=False)
+            mark = note_in(beginning(mark, NOTE_BYTES), str(mark), self.keys, elsewhere=False)
             need(mark.log == self.log, f"{mark.origin} is of {mark.log}", Code.SPLICE)
             need(mark.at == self.seq, f"{mark.origin} is of {mark.at} records")
         root = self.edge[-1][1]
@@ -560,6 +711,34 @@ class Stream:
         self.proven = self.seq if mark.proves else self.proven
         self.signed = self.seq if self.key in mark.signers else self.signed
 
+    def _apart(self, kind: str, body: Json) -> None:
+        """Ask about the payloads that a record names, or says were erased."""
+        for member in APART.get(kind, ()):
+            if body.get(member) is not None:
+                self.ask(Code.PROTOCOL, self._payload, body[member], f"{self.place}: the {member}")
+        if kind == "blob.erased":
+            self.ask(Code.PROTOCOL, need, body.get("by") and body.get("reason"), "erased without a name or a reason")
+            listed = body.get("commitments")
+            for one in (one for one in listed if fits(one, HEX64)) if isinstance(listed, list) else ():
+                self.missed.pop(one, None)
+                path = self.folder / "blobs" / one[:2] / one
+                self.ask(Code.WARN, need, not os.path.lexists(path), f"{path} is there, and was erased")
+
+    def _payload(self, told: Any, of: str) -> None:
+        """Whether a payload is what a record says of it. Raises ValueError."""
+        need(fits(told, COMMITMENT) and len(told) == 2, f"what stands for {of} is no commitment")
+        path = self.folder / "blobs" / told["commitment"][:2] / told["commitment"]
+        if self.without_payloads:
+            return
+        if not os.path.lexists(path):
+            self.missed[told["commitment"]] = of
+            return
+        need(stat.S_ISREG(path.lstat().st_mode), f"{path} is no file", Code.TAMPER)
+        need(digest_of(path) == told["commitment"], f"{path} is not what was recorded", Code.TAMPER)
+        size = path.stat().st_size - len(BLOB) - SALT_BYTES
+        sound = beginning(path, len(BLOB) - 1) == BLOB and size == told["bytes"]
+        need(sound, f"{path} is not a payload of {told['bytes']} bytes")
+
     def _commits(self, name: str, stands: Any, origin: str) -> None:
         """Take in where another stream stands. Raises ValueError where that is no head."""
         sound = (
@@ -568,7 +747,8 @@ class Stream:
             and name != "controller"
         )
         need(sound, f"what it says of stream {name} is no head")
-        need(segments(self.run_dir / "audit" / name), f"stream {name} is not there", Code.MISSING)
+        known = name in self.others or segments(self.run_dir / "audit" / name)
+        need(known, f"stream {name} is not there", Code.MISSING)
         marks, mark = self.others.setdefault(name, []), Mark(origin, stands["seq"], stands["hash"])
         goes_back = marks and int(marks[-1].at) > stands["seq"]
         marks += [Mark(f"{origin}, of before", marks[-1].at, "", otherwise=Code.FORK) if goes_back else mark]
@@ -587,7 +767,24 @@ class Stream:
 
 
 # -- the run
-def verify(run_dir: Path, *, head: str | None = None, keys: Keys, kept: Iterable[tuple[Path, list[Mark]]] = ()) -> Json:
+def log_in(folder: Path) -> str:
+    """The `log` of the first segment that begins with a record; empty where none does. Raises OSError."""
+    for path in segments(folder):
+        try:
+            return str(record_in(next(lines_of(path), b""))["log"])
+        except ValueError:
+            continue
+    return ""
+
+
+def verify(
+    run_dir: Path,
+    *,
+    head: str | None = None,
+    keys: Keys,
+    kept: Iterable[tuple[Path, list[Mark]]] = (),
+    without_payloads: bool = False,
+) -> Json:
     """What was found of all streams of a run. Raises ValueError for what the reader named wrongly, OSError."""
     match = re.fullmatch(rf"(?:([0-9]{{1,15}}):)?({HEX64})", (head or "0" * 64).strip())
     seq, digest = match.groups("") if match else ("", "")
@@ -600,18 +797,19 @@ def verify(run_dir: Path, *, head: str | None = None, keys: Keys, kept: Iterable
     names = sorted(path.name for path in audit.iterdir() if segments(path)) if audit.is_dir() else []
     marks = {"controller": expected} | {name: list[Mark]() for name in names if name != "controller"}
     home = f"{run}/" if isinstance(run, str) else ""
-    first = () if home else (line for _, line, _, _ in lines_of(audit / "controller"))
-    start = home or (record_or_none(next(iter(first), b"")) or {"log": ""})["log"].removesuffix("controller")
+    log = f"{home}controller" if home else log_in(audit / "controller")
+    start = log.removesuffix("controller") if log.endswith("/controller") else "/"
     for place, notes in kept:
         ours = [note for note in notes if note.log.startswith(start) and note.log.removeprefix(start) in marks]
         need(ours, f"--anchors {place} holds nothing of {start}")
         for note in ours:
             marks[note.log.removeprefix(start)].append(note)
-    if fits(cache, {"stream": "|".join(map(re.escape, marks)), "seq": COUNT, "hash": (str,)}):
+    if fits(cache, {"stream": "|".join(map(re.escape, marks)), "seq": COUNT, "hash": str}):
         marks[cache["stream"]].append(Mark("state.json", cache["seq"], cache["hash"], proves=False))
-    lead = Stream(run_dir, "controller", home, keys, marks["controller"])
+    stream = functools.partial(Stream, run_dir, home=home, keys=keys, without_payloads=without_payloads)
+    lead = stream("controller", marks=marks["controller"])
     names = [name for name in {**marks, **lead.others} if name != "controller"]
-    others = [Stream(run_dir, name, home, keys, marks.get(name, []) + lead.others.get(name, [])) for name in names]
+    others = [stream(name, marks=marks.get(name, []) + lead.others.get(name, [])) for name in names]
     codes = [lead.code(leads=True), *(stream.code(leads=False) for stream in others)]
     code = next((code for code in codes if code // 10 == 3), max(codes))
     return {
@@ -629,6 +827,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--expect-head", metavar="HEAD", help="a head noted earlier, SEQ:HASH or HASH")
     parser.add_argument("--key", action="append", default=[], metavar="VKEY", help="a trusted key, or a file with it")
     parser.add_argument("--anchors", action="append", default=[], type=Path, metavar="PLACE", help="what was kept")
+    parser.add_argument("--without-payloads", action="store_true", help="payloads of tool calls did not come along")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse_args(arguments)
     found: Json = {"code": Code.UNREADABLE, "keys": [], "streams": {}}
@@ -638,7 +837,8 @@ def main(arguments: list[str] | None = None) -> int:
             (at, [note_in(data, place, keys, elsewhere=True) for place, data in kept_at(at)]) for at in given.anchors
         ]
         try:
-            found = verify(given.run_dir, head=given.expect_head, keys=keys, kept=kept)
+            apart = given.without_payloads
+            found = verify(given.run_dir, head=given.expect_head, keys=keys, kept=kept, without_payloads=apart)
         except OSError as error:
             found["findings"] = [str(error)]
     except (ValueError, OSError, RecursionError, InvalidSignature, subprocess.SubprocessError) as error:

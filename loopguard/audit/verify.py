@@ -312,6 +312,8 @@ class Chain:
 
     def begin(self, gone: pruned.Pruned) -> None:
         """Begin behind records that were pruned."""
+        if self.log is None and gone.entry.log.endswith(f"/{self._stream}"):
+            self.log = gone.entry.log
         self.head, self._tree, self._epoch = gone.last, gone.tree, gone.epoch
         self._seq, self._prev = gone.last.seq, gone.last.hash
 
@@ -626,6 +628,8 @@ class _Audit:
         self.clock: Entry | None = None
         self._key = ""
         """The key that signs from the last opening on."""
+        self._committed = 0
+        """The largest number that another stream gave for this one."""
         self._apart: list[_Mark] = []
         """Signed marks that this log contradicts."""
         self._beside: dict[int, Path] = {}
@@ -643,8 +647,8 @@ class _Audit:
             self._begin()
             while self.chain.head.seq < head.seq and next(self._steps, None) is not None:
                 pass
-        at = self.chain.head
-        if self.worst == UNREADABLE or self.broken == TRUNCATED or head.seq < self.front.gone:
+        at, before, self._committed = self.chain.head, self._committed, max(head.seq, self._committed)
+        if self.worst == UNREADABLE or self.broken == TRUNCATED or before <= head.seq < self.front.gone:
             return
         if at.seq < head.seq:
             end = f"it ends at {at.seq}: the tail was cut"

@@ -252,8 +252,8 @@ class Book:
                     yield "a loosened guard policy was adopted, and no resume that people approved says so"
             case "policy.loaded" if self.rule is not None and owner:
                 yield from self._policy_troubles(entry, self.rule)
-            case kind if kind in _ACTS and owner and (until := self._overdue or self._start_before) is not None:
-                yield f"the run went on, and was not started before {until}"
+            case kind if kind in _ACTS and owner and (self._overdue, self._start_before) != (None, None):
+                yield f"the run went on, and was not started before {self._overdue or self._start_before}"
                 self._overdue = self._start_before = None
             case _:
                 pass  # every other record needs nobody's approval
@@ -408,6 +408,8 @@ class Book:
         elif owner and (code := self.fault(now=judged, policy=statement.policy, target=None)):
             yield f"the resume of {freeze} was not to be granted ({code}): {SENTENCES[code]}"
         goes_on = entry.type == "resume.applied"
+        if goes_on == (statement.disposition == "halt"):
+            yield f"{freeze} was {verb}, and people agreed to {statement.disposition}"
         if owner and goes_on and not self._starts_in_time(body.get("execute_before"), judged, rule):
             yield f"the resume of {freeze} does not say by when the run has to be started"
 

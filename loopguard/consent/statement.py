@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from typing import Any, Literal, Self, get_args
 
 from loopguard.types import NOTHING, Disposition, WayOn
@@ -188,6 +189,7 @@ def read_time(value: Any) -> str:
     """A time as records have it. Raises ValueError where it is none."""
     if not isinstance(value, str) or not _TIME.fullmatch(value):
         raise ValueError(f"{value!r} is no time of a record"[:120])
+    datetime.fromisoformat(value)  # which a 30 February is spelled like
     return value
 
 

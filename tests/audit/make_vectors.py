@@ -808,14 +808,14 @@ RULE = {
 class Frozen(Log):
     """A run whose guard policy asks two people, frozen; with a loop that waits, or with a command alone."""
 
-    def __init__(self, home, *, loop=True, adopted=False, **rule):
-        """Where it is `adopted`, the rule came while the run was frozen."""
+    def __init__(self, home, *, loop=True, adopted=False, tripped=None, **rule):
+        """Where it is `adopted`, the rule came while the run was frozen. `tripped` is the rule of the freeze."""
         super().__init__(home)
         self.rule = RULE | rule
         asks = {"name": "two", "digest": POLICY, "resume": self.rule}
         self.add("policy.loaded", {"name": "none", "digest": LOOSER} if adopted else asks)
         self.add("run.started" if loop else "note.added", {})
-        self.entered = self.add("freeze.entered", {"freeze": "f1"})
+        self.entered = self.add("freeze.entered", {"freeze": "f1"} | ({"rule": tripped} if tripped else {}))
         if adopted:
             self.add(
                 "policy.adopted", {"from": LOOSER, "to": POLICY, "change": "tightened", "by": "sam", "reason": "x"}
@@ -849,8 +849,8 @@ class Frozen(Log):
         self.add("resume.requested", body | {"statement": statement})
         return statement
 
-    def resume(self, statement, approvals, **changes):
-        """Let it go on, by these approvals."""
+    def resume(self, statement, approvals, *, kind="resume.applied", **changes):
+        """Let it go on, or what else people agreed to, by these approvals."""
         signed = hashlib.sha256(signed_bytes(statement)).hexdigest()
         for number, approval in enumerate(approvals):
             body = {"request": "r1", "approval": f"a{number}", "of": 2, "statement_sha256": signed}
@@ -859,16 +859,16 @@ class Frozen(Log):
         body |= {name: statement.get(name) for name in ("disposition", "waives", "waives_cycles")}
         body |= {"approval": "signed", "statement": statement, "approvals": approvals}
         body |= {"statement_sha256": signed, "judged": stamp(self.now + 1), "execute_before": None}
-        self.add("resume.applied", body | changes)
+        self.add(kind, body | changes)
 
     def end(self):
         self.write()
         return {"head": self.head}
 
 
-def approved(home, *people, rule=None, statement=None, **changes):
+def approved(home, *people, rule=None, statement=None, tripped=None, **changes):
     """A resume with the approvals of these people."""
-    log = Frozen(home, **rule or {})
+    log = Frozen(home, tripped=tripped, **rule or {})
     signed = log.ask(**statement or {})
     log.resume(signed, [person.approval(signed) for person in people], **changes)
     return log.end()
@@ -1314,6 +1314,152 @@ def approval_started_late(home):
     return started(Frozen(home, loop=False), execute_s=60, after_s=61).end()
 
 
+# -- what becomes of the frozen cycle ----------------------------------------------------------------------------------
+
+HALT = {"freeze": "f1", "by": "dana", "reason": "not worth it", "because": "decision", "approval": "none"}
+HALTED = ("run.halted", HALT | {"disposition": "halt", "waives": "nothing", "waives_cycles": 0})
+RESUMED = ("resume.applied", {"freeze": "f1", "by": "dana", "reason": "fine", "approval": "none"})
+BY_BUDGET = {"freeze": "f1", "by": "loopguard", "reason": "four freezes; the guard policy allows three"}
+
+
+@vector(0, "a frozen run was halted by a person")
+def ok_halted(home):
+    return told(home, FREEZE, HALTED)
+
+
+@vector(0, "a run that was halted froze once more, which lets nothing go on")
+def ok_frozen_after_a_halt(home):
+    return told(home, FREEZE, HALTED, ("freeze.entered", {"freeze": "f2"}))
+
+
+@vector(40, "a halt where nothing was frozen")
+def protocol_halt_of_no_freeze(home):
+    return told(home, HALTED)
+
+
+@vector(40, "a halt without a name")
+def protocol_halt_without_a_name(home):
+    return told(home, FREEZE, ("run.halted", HALT | {"by": ""}))
+
+
+@vector(40, "a run went on that had been halted")
+def protocol_resume_after_a_halt(home):
+    return told(home, FREEZE, HALTED, RESUMED)
+
+
+@vector(40, "a run that had been halted froze once more, and went on from there")
+def protocol_resume_of_a_freeze_after_a_halt(home):
+    later = ("resume.applied", RESUMED[1] | {"freeze": "f2"})
+    return told(home, FREEZE, HALTED, ("freeze.entered", {"freeze": "f2"}), later)
+
+
+@vector(40, "updates were applied after a halt")
+def protocol_updates_after_a_halt(home):
+    return told(home, FREEZE, HALTED, LEASE, APPLIED)
+
+
+@vector(41, "a run was halted, and nobody approved, where two people have to")
+def approval_halt_none(home):
+    log = Frozen(home)
+    log.add(*HALTED)
+    return log.end()
+
+
+@vector(0, "the guard policy halted the run, which takes nobody's approval")
+def ok_halted_by_the_budget(home):
+    log = Frozen(home)
+    log.add("run.halted", BY_BUDGET | {"because": "budget"})
+    return log.end()
+
+
+def decided(home, disposition, *, kind="resume.applied", loop=True, **changes):
+    """What two people agreed to, done by a record of some kind."""
+    log = Frozen(home, loop=loop)
+    statement = log.ask(disposition=disposition)
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)], kind=kind, **changes)
+    return log
+
+
+@vector(0, "two people agreed to a halt, and no loop was there, which it has no use for")
+def ok_halted_by_people(home):
+    return decided(home, "halt", kind="run.halted", loop=False, because="decision").end()
+
+
+@vector(41, "two people agreed to a halt, and the run went on")
+def approval_went_on_instead_of_a_halt(home):
+    return decided(home, "halt").end()
+
+
+@vector(41, "two people agreed that the run goes on, and it was halted")
+def approval_halted_instead_of_a_resume(home):
+    return decided(home, "rollback", kind="run.halted", because="decision").end()
+
+
+@vector(41, "a resume was asked for, approved and applied after a halt")
+def approval_resume_after_a_halt(home):
+    log = decided(home, "halt", kind="run.halted", because="decision")
+    statement = log.ask(request="r1", nonce="1" * 32)
+    log.resume(statement, [person.approval(statement) for person in (DANA, ELI)])
+    return log.end()
+
+
+@vector(41, "the record says another disposition than people signed")
+def approval_other_disposition(home):
+    return approved(home, DANA, ELI, disposition="accept")
+
+
+@vector(41, "there is no such disposition")
+def approval_no_disposition(home):
+    return approved(home, DANA, ELI, statement={"disposition": "retry"})
+
+
+def waived(home, rule, cycles, disposition="discard", **changes):
+    """A resume after a freeze by `jump`, with a waiver."""
+    way = {"disposition": disposition, "waives": rule, "waives_cycles": cycles}
+    return approved(home, DANA, ELI, tripped="jump", statement=way, **changes)
+
+
+@vector(0, "the cycle is passed over, and the rule that tripped is waived")
+def ok_discarded_with_a_waiver(home):
+    return waived(home, "jump", 2)
+
+
+@vector(0, "the state at the freeze is accepted, and the rule that tripped is waived")
+def ok_accepted_with_a_waiver(home):
+    return waived(home, "jump", 1, "accept")
+
+
+@vector(41, "another rule than the one that tripped is waived")
+def approval_waives_another_rule(home):
+    return waived(home, "drift", 2)
+
+
+@vector(41, "a rule is waived for no cycle")
+def approval_waives_without_cycles(home):
+    return waived(home, "jump", 0)
+
+
+@vector(41, "nothing is waived, for three cycles")
+def approval_waives_nothing_for_cycles(home):
+    return waived(home, "nothing", 3)
+
+
+@vector(41, "the record waives more cycles than people signed")
+def approval_waives_more(home):
+    return waived(home, "jump", 1, waives_cycles=9)
+
+
+@vector(41, "it was judged at a time that is none, though it is spelled as one")
+def approval_judged_at_no_time(home):
+    return approved(home, DANA, ELI, judged="2030-02-30T00:00:00.000000Z")
+
+
+@vector(41, "where nobody has to approve, a resume names a time for the start that is none, and the run just went on")
+def approval_empty_execute_before(home):
+    resumed = ("resume.applied", RESUMED[1] | {"execute_before": ""})
+    return told(home, FREEZE, resumed, ("run.started", {}), ("cycle.started", {}))
+
+
 # -- 42, 50 and 2 ------------------------------------------------------------------------------------------------------
 
 
@@ -1458,7 +1604,7 @@ def usage_anchor_beside_the_log(home):
 
 def zipped(data):
     """One gzip member whose bytes no version of zlib decides about: nothing in it is compressed."""
-    parts = [data[at : at + 60_000] for at in range(0, len(data), 60_000)]
+    parts = [data[at : at + 60_000] for at in range(0, len(data), 60_000)] or [b""]
     blocks = b"".join(struct.pack("<BHH", part is parts[-1], len(part), len(part) ^ 0xFFFF) + part for part in parts)
     return b"\x1f\x8b\x08" + b"\0" * 6 + b"\x03" + blocks + struct.pack("<II", zlib.crc32(data), len(data))
 
@@ -1526,6 +1672,33 @@ def tamper_gzip_cut_line(home):
     path.unlink()
     path.with_name(f"{path.name}.gz").write_bytes(zipped(b"".join(log.lines)[:-40]))
     return {}
+
+
+@vector(30, "a compressed segment has no byte in it")
+def tamper_gzip_nothing(home):
+    return in_two_segments(home, lambda data: b"")
+
+
+@vector(30, "a compressed segment that is not the last has no record in it")
+def tamper_gzip_empty(home):
+    return in_two_segments(home, lambda data: zipped(b""))
+
+
+@vector(42, "there is a compressed segment, and no record in it")
+def missing_records_compressed(home):
+    path = Log(home).write([])
+    path.unlink()
+    path.with_name(f"{path.name}.gz").write_bytes(zipped(b""))
+    return {}
+
+
+@vector(50, "a compressed segment is damaged, and a record behind it is of a later format")
+def unreadable_behind_a_damaged_segment(home):
+    given = in_two_segments(home, lambda data: data[:-4])
+    path = home / "run/audit/controller/seg-000000000006.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:-1], hashed(lines[-1], v=2)]))
+    return given
 
 
 def state(**changes):
@@ -1764,6 +1937,129 @@ def replaced_at_the_cut_of_another_stream(home):
     return {"head": log.head}
 
 
+@vector(34, "another stream was pruned, and the controller goes back to a record of it that is gone")
+def fork_behind_the_cut_of_another_stream(home):
+    return back_behind_a_cut(home, 8, 3)
+
+
+@vector(34, "the controller goes back from one record to another that are both gone")
+def fork_below_the_cut_of_another_stream(home):
+    return back_behind_a_cut(home, 4, 3)
+
+
+def back_behind_a_cut(home, *stands):
+    rank, log = plain(home, stream="rank-1", notes=9), plain(home)
+    for seq in stands:
+        head = {"seq": seq, "hash": json.loads(rank.lines[seq - 1])["hash"]}
+        log.add("streams.committed", {"streams": {"rank-1": head}})
+    pruned(home, rank, 5)
+    log.write()
+    return {"head": log.head}
+
+
+@vector(42, "by its pruned.json there is nothing left of another stream, which the controller committed to")
+def missing_stream_pruned_to_its_end(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    rank.write()
+    rank.add("log.pruned", pruning(rank, 6))
+    (rank.folder / "pruned.json").write_bytes(rank.lines[-1])
+    log.write()
+    return {"head": log.head}
+
+
+@vector(30, "pruned.json says that more is gone than there is")
+def tamper_pruned_to_its_end(home):
+    log = plain(home)
+    log.write()
+    log.add("log.pruned", pruning(log, 6))
+    (log.folder / "pruned.json").write_bytes(log.lines[-1])
+    return {}
+
+
+@vector(10, "a note stands for the records that are gone, of a run without run.json: pruned.json says whose log it is")
+def warn_pruned_with_a_note_at_the_cut(home):
+    log = plain(home, notes=4)
+    log.store()
+    log.notes(5)
+    (log.run_dir / "run.json").unlink()
+    return pruned(home, log, 5)
+
+
+@vector(32, "a note at the cut stands for other records than are gone")
+def replaced_note_at_the_cut(home):
+    other = Log(home)
+    other.notes(4, "another history")
+    other.store()
+    return pruned(home, plain(home, notes=9), 5)
+
+
+@vector(31, "a note behind the cut stands for more records than there are")
+def truncated_note_pruned(home):
+    log = plain(home, notes=9)
+    found = pruned(home, log, 5)
+    log.store()
+    log.write(log.lines[5:-1], first=6)
+    return {"head": found["head"]}
+
+
+@vector(32, "the log is another one than a head says, and pruned.json is damaged, which is found at the end")
+def replaced_and_pruned_copy_unreadable(home):
+    log = plain(home)
+    (log.folder / "pruned.json").write_bytes(b"{}\n")
+    log.write()
+    return {"head": f"3:{digest('another')}"}
+
+
+@vector(30, "pruned.json is of a later format, which makes it no excuse")
+def tamper_pruned_copy_of_a_later_format(home):
+    log = plain(home, notes=9)
+    found = pruned(home, log, 5)
+    copy = log.folder / "pruned.json"
+    copy.write_bytes(hashed(copy.read_bytes()[:-1], v=2))
+    return found
+
+
+@vector(40, "what was pruned has a number beyond all counting")
+def protocol_pruned_number(home):
+    log = plain(home, notes=9)
+    log.add("log.pruned", pruning(log, 5, epoch=10**17))
+    log.write()
+    return {"head": log.head}
+
+
+@vector(40, "what was pruned has one node too few at its edge")
+def protocol_pruned_edge(home):
+    log = plain(home, notes=9)
+    log.add("log.pruned", pruning(log, 5, edge=[digest("a")]))
+    log.write()
+    return {"head": log.head}
+
+
+@vector(34, "behind the cut the epoch is smaller than the largest one before it")
+def fork_epoch_at_the_cut(home):
+    return pruned(home, plain(home, notes=9), 5, epoch=3)
+
+
+@vector(41, "a resume behind the cut needs no time to start by, since a loop may have been there; it lacks a person")
+def approval_too_few_behind_a_cut(home):
+    return frozen_behind_a_cut(home, DANA)
+
+
+@vector(10, "a resume behind the cut needs no time to start by, since a loop may have been there before the cut")
+def warn_approved_behind_a_cut(home):
+    return frozen_behind_a_cut(home, DANA, ELI)
+
+
+def frozen_behind_a_cut(home, *people):
+    """The rule and the start are gone; the freeze and what people agreed to are left."""
+    log = Frozen(home, loop=False)
+    loaded = json.loads(log.lines[1])["body"]
+    statement = log.ask()
+    log.resume(statement, [person.approval(statement) for person in people])
+    return pruned(home, log, 3, state=state(policy=loaded))
+
+
 # -- payloads that lie apart -------------------------------------------------------------------------------------------
 
 
@@ -1929,6 +2225,26 @@ def missing_payload_erased_in_another_stream(home):
     return {"head": log.head}
 
 
+@vector(42, "a payload is gone, and the record that it was erased stands before the one that names it")
+def missing_payload_erased_too_early(home):
+    log, scratch = plain(home), Scratch(plain(home))
+    path = apart(scratch, b"x")
+    log.add("blob.erased", {"by": "dana", "reason": "r", "commitments": [path.name]})
+    log.add("tool.decided", {"call": "c1", "result": "deny", "code": {"commitment": path.name, "bytes": 1}})
+    path.unlink()
+    log.write()
+    return {"head": log.head}
+
+
+@vector(30, "a payload was changed, which is seen behind other breaks as well; the first one names the class")
+def tamper_before_a_payload(home):
+    log = plain(home)
+    path = apart(log, b"x")
+    path.write_bytes(b"y")
+    log.write([*log.lines[:2], *log.lines[3:]])
+    return {"head": log.head}
+
+
 class Scratch:
     """A log of which only the folder and the number count: for a blob without its record."""
 
@@ -1946,6 +2262,10 @@ def make(folder):
     for name, (code, says, build) in VECTORS.items():
         (folder / name).mkdir(parents=True)
         index.append({"name": name, "code": code, "says": says, **build(folder / name)})
+    # An empty folder is not in a repository, and nothing here may depend on one.
+    for path in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+        if not any(path.iterdir()):
+            path.rmdir()
     (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 
