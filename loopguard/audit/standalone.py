@@ -57,7 +57,7 @@ FIELDS: dict[str, type] = dict.fromkeys(("boot", "hash", "id", "log", "policy", 
 FIELDS |= dict.fromkeys(("epoch", "mono_ns", "seq", "v"), int) | {"cycle": int}
 FIELDS |= {"actor": dict, "body": dict, "cause": list, "redacted": list}
 KINDS = [*FIELDS.values()], [*(FIELDS | {"cycle": type(None)}).values()]
-NUMBER, LINE_BYTES, BLOCK_BYTES, NOTE_BYTES = range(2**53), 512 * 1024, 64 * 1024, 64 * 1024
+NUMBER, LINE_BYTES, SEGMENT_BYTES, BLOCK_BYTES, NOTE_BYTES = range(2**53), 2**19, 2**30, 2**16, 2**16
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -194,7 +194,7 @@ class Unpacked(io.RawIOBase):
             except zlib.error as error:
                 raise ValueError(f"the compressed segment is damaged: {error}") from error
         self.size += len(data)
-        need(self.size <= 2**30, "the compressed segment holds more than 1 GiB")
+        need(self.size <= SEGMENT_BYTES, "the compressed segment holds more than any segment")
         need(data or not (self.inflate.unused_data or self.file.read(1)), "something follows the compressed segment")
         buffer[: len(data)] = data
         return len(data)
