@@ -57,7 +57,7 @@ FIELDS: dict[str, type] = dict.fromkeys(("boot", "hash", "id", "log", "policy", 
 FIELDS |= dict.fromkeys(("epoch", "mono_ns", "seq", "v"), int) | {"cycle": int}
 FIELDS |= {"actor": dict, "body": dict, "cause": list, "redacted": list}
 KINDS = [*FIELDS.values()], [*(FIELDS | {"cycle": type(None)}).values()]
-NUMBER, LINE_BYTES, BLOCK_BYTES, NOTE_BYTES = range(2**53), 512 * 1024, 64 * 1024, 64 * 1024
+NUMBER, LINE_BYTES, SEGMENT_BYTES, BLOCK_BYTES, NOTE_BYTES = range(2**53), 2**19, 2**30, 2**16, 2**16
 
 
 def fits(value: Any, shape: Any) -> bool:
@@ -194,7 +194,7 @@ class Unpacked(io.RawIOBase):
             except zlib.error as error:
                 raise ValueError(f"the compressed segment is damaged: {error}") from error
         self.size += len(data)
-        need(self.size <= 2**30, "the compressed segment holds more than 1 GiB")
+        need(self.size <= SEGMENT_BYTES, "the compressed segment holds more than any segment")
         need(data or not (self.inflate.unused_data or self.file.read(1)), "something follows the compressed segment")
         buffer[: len(data)] = data
         return len(data)
@@ -384,6 +384,12 @@ def rule_in(value: Any) -> Json:
     return {} if value is None else {name: (value if sound else nobody)[name] for name in RULE}
 
 
+def statement_in(value: Any) -> Json:
+    """What people sign; empty where this is none."""
+    sound = fits(value, STATEMENT) and value.keys() == STATEMENT.keys()
+    return value if sound and (value["waives"] == "nothing") == (not value["waives_cycles"]) else {}
+
+
 def asks_less(rule: Json, before: Json) -> bool:
     """Whether somebody could resume under this rule who could not under the one before."""
     if not rule or rule["approvals"] < before["approvals"]:
@@ -448,10 +454,7 @@ class Permissions:
     def agreed(self, kind: str, body: Json, record: Json) -> None:
         """Whether people agreed to what takes that. Raises ValueError."""
         ts, before, rule = record["ts"], self.latest, self.rule
-        statement: Json = body["statement"] if fits(body, {"statement": STATEMENT}) else {}
-        sound = statement.keys() == STATEMENT.keys()
-        sound = sound and (statement["waives"] == "nothing") == (not statement["waives_cycles"])
-        statement = statement if sound else {}
+        statement = statement_in(body.get("statement")) if kind in ABOUT_APPROVALS else {}
         if self.frozen is not None:
             self.hashes[record["seq"]] = record["hash"]
         if kind in ABOUT_APPROVALS:
@@ -545,7 +548,7 @@ class Permissions:
 
 
 # -- a stream
-APART = {"tool.decided": ("code", "stdin"), "tool.finished": ("stdout", "stderr")}
+APART = {"tool.decided": ("code", "stdin"), "tool.finished": ("stdout", "stderr"), "blob.erased": ()}
 BLOB, SALT_BYTES, COMMITMENT = b"loopguard-blob-v1\n", 32, {"commitment": HEX64, "bytes": NUMBER}
 
 
@@ -593,7 +596,8 @@ class Stream:
         for path in home.iterdir() if home.is_dir() else ():
             if re.fullmatch(r"[1-9][0-9]{0,15}\.note", path.name):
                 self.marks.setdefault(int(path.stem), []).append(path)
-        (self.front, trouble), self.paths = front_of(self.folder), segments(self.folder)
+        self.front, trouble = front_of(self.folder)
+        self.paths = segments(self.folder)
         if self.front:
             self._begin(self.front, self.front["body"])
         for path in self.paths:
@@ -642,7 +646,8 @@ class Stream:
                 is_named = record["seq"] if number > 1 else named
                 if not self.over and self.ask(Code.TAMPER, self._follows, record, is_named, line):
                     self._look(record, record["type"], record["body"])
-                self._apart(record["type"], record["body"])
+                if record["type"] in APART:
+                    self._apart(record["type"], record["body"])
         need(number or last, "the segment is empty")
 
     def _follows(self, record: Json, named: int, line: bytes) -> bool:
@@ -713,7 +718,7 @@ class Stream:
 
     def _apart(self, kind: str, body: Json) -> None:
         """Ask about the payloads that a record names, or says were erased."""
-        for member in APART.get(kind, ()):
+        for member in APART[kind]:
             if body.get(member) is not None:
                 self.ask(Code.PROTOCOL, self._payload, body[member], f"{self.place}: the {member}")
         if kind == "blob.erased":

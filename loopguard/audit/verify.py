@@ -678,7 +678,6 @@ class _Audit:
         for mark in self.marks:
             if mark.root and not mark.proves:
                 self.note(f"{mark.origin} is not signed by a key that is trusted: it proves nothing")
-        self._judge_front()
         if self.segments:
             self._judge_end()
         if self.broken == REPLACED and any((mark.seq or 0) <= self.signed_to for mark in self._apart):
@@ -712,6 +711,7 @@ class _Audit:
             # Another stream may tell of a segment that was begun since.
             last = read.first_seq(paths[-1])
             paths = [path for path in read.segments(self.run_dir, self.stream) if read.first_seq(path) > last]
+        self._judge_front()  # before anything says that records are missing behind the end
 
     def _begin(self) -> None:
         """What is known before the first record: what lies in the run directory, and where the log begins."""

@@ -2011,6 +2011,16 @@ def replaced_and_pruned_copy_unreadable(home):
     return {"head": f"3:{digest('another')}"}
 
 
+@vector(30, "another stream lacks records that the controller names, and its pruned.json is damaged, which comes first")
+def tamper_pruned_copy_of_a_cut_stream(home):
+    rank, log = plain(home, stream="rank-1"), plain(home)
+    log.commit(rank)
+    rank.write(rank.lines[:-1])
+    (rank.folder / "pruned.json").write_bytes(b"{}\n")
+    log.write()
+    return {"head": log.head}
+
+
 @vector(30, "pruned.json is of a later format, which makes it no excuse")
 def tamper_pruned_copy_of_a_later_format(home):
     log = plain(home, notes=9)

@@ -14,7 +14,7 @@ import pytest
 from audit_stories import frozen_twice, open_log, plain_log
 from typer.testing import CliRunner
 
-from loopguard.audit import keys, read
+from loopguard.audit import blobs, keys, read
 from loopguard.audit.anchors import Anchor
 from loopguard.audit.bundle import STANDALONE, bundle
 from loopguard.audit.verify import verify
@@ -137,6 +137,21 @@ class TestWhatIsInIt:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert "loopguard.audit" not in STANDALONE.read_text().replace("`loopguard audit", "")
+
+    def test_the_standalone_verifier_is_told_that_payloads_were_left_out(self, tmp_path):
+        with open_log(tmp_path / "run") as log:
+            (told,) = blobs.keep(read.stream_dir(tmp_path / "run"), [b"print(1)"])
+            log.append("tool.decided", {"call": "c1", "result": "deny", "code": told})
+        bundle(tmp_path / "run", out=tmp_path / "out.tar.gz", without_payloads=True)
+        home = unpacked(tmp_path / "out.tar.gz", tmp_path / "at the auditor's")
+        (command,) = [
+            line.split() for line in (home / "README.txt").read_text().splitlines() if line.startswith("    python3 ")
+        ]
+        codes = [
+            subprocess.run([sys.executable, "-I", *words], cwd=home, capture_output=True, check=False).returncode
+            for words in (command[1:], command[1:-1])
+        ]
+        assert (command[-1], codes) == ("--without-payloads", [20, 42])
 
 
 class TestBytes:

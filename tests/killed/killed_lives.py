@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import importlib
+import io
 import json
 import os
 import shutil
@@ -22,7 +22,6 @@ import traceback
 from collections import Counter
 from contextlib import redirect_stdout, suppress
 from dataclasses import asdict
-from io import StringIO
 from pathlib import Path
 from random import Random
 
@@ -92,24 +91,11 @@ class Case:
             return
         places = self._anchors()
         ours = verify(run, anchors=places)
-        words = [str(self._unpacked()), *(word for place in places for word in ("--anchors", str(place)))]
-        with redirect_stdout(StringIO()):
-            theirs = standalone.main(words)
+        with redirect_stdout(io.StringIO()):
+            theirs = standalone.main([str(run), *(word for place in places for word in ("--anchors", str(place)))])
         if ours.code not in PROVEN or theirs != ours.code:
             after = self.deaths[-1] if self.deaths else "the end"
             self.wrong.append(("verified", f"{ours.code} and {theirs} after {after}: {ours.findings}"))
-
-    def _unpacked(self):
-        """A copy for the verifier that stands alone, which cannot read compressed segments yet."""
-        copy = self.home / "copy"
-        shutil.rmtree(copy, ignore_errors=True)
-        leave = shutil.ignore_patterns("snapshots", "freezes", "quarantine", "requests", "lock", "reserve.bin")
-        shutil.copytree(self.root / "run", copy, ignore=leave)
-        for path in read.stream_dir(copy).glob("seg-*.jsonl.gz"):
-            if not path.with_suffix("").exists():
-                path.with_suffix("").write_bytes(gzip.decompress(path.read_bytes()))
-            path.unlink()
-        return copy
 
     def _anchors(self):
         """What was kept, less the lines that a power cut left half of: a reader has to take those out."""
