@@ -138,7 +138,7 @@ class Aftermath:
     def _went_back(self, cycle: int) -> None:
         """A person went back to an earlier promotion: what was decided about later cycles is about none that comes."""
         self._cycle, self._open = cycle, None
-        self.owed, self.over, self._waived = None, -1, (NOTHING, -1)
+        self.owed, self._before, self.over, self._waived = None, None, -1, (NOTHING, -1)
 
     @property
     def cycle(self) -> int:
