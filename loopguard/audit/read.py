@@ -61,6 +61,18 @@ def streams(run_dir: Path) -> list[str]:
     return sorted(path.name for path in home.iterdir() if path.is_dir() and segments(run_dir, path.name))
 
 
+def no_file(run_dir: Path) -> Path | None:
+    """What lies where a reader opens files and is neither one nor a folder; None where all is in order.
+
+    A pipe, such as a stranger may have packed, would keep whoever opens it waiting for ever.
+    """
+    for pattern in ("*.json", "policy/*", "audit/*/*", "audit/*/checkpoints/*"):
+        for path in Path(run_dir).glob(pattern):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                return path
+    return None
+
+
 def segments(run_dir: Path, stream: str = CONTROLLER) -> list[Path]:
     """The segment files, oldest first; empty where there is no log.
 

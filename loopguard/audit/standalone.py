@@ -88,6 +88,14 @@ def beginning(path: Path, most: int) -> bytes:
         return file.read(most + 1)
 
 
+def refuse_pipes(run_dir: Path) -> None:
+    """Raise OSError for what lies where files are opened and is none: a pipe would keep a reader waiting for ever."""
+    for pattern in ("*.json", "policy/*", "audit/*/*", "audit/*/checkpoints/*"):
+        for path in run_dir.glob(pattern):
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise OSError(f"{path}: is neither a file nor a folder")
+
+
 def digest_of(path: Path) -> str:
     """The SHA-256 of a file, in hex. Raises OSError."""
     with path.open("rb") as file:
@@ -798,6 +806,7 @@ def verify(
     for place, notes in kept:
         outside = notes and not place.resolve().is_relative_to(run_dir.resolve())
         need(outside, f"--anchors {place} holds no checkpoint, or lies beside the log, where it proves nothing")
+    refuse_pipes(run_dir)
     audit, run, cache = run_dir / "audit", object_in(run_dir / "run.json").get("id"), object_in(run_dir / "state.json")
     names = sorted(path.name for path in audit.iterdir() if segments(path)) if audit.is_dir() else []
     marks = {"controller": expected} | {name: list[Mark]() for name in names if name != "controller"}

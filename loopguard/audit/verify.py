@@ -177,12 +177,16 @@ def verify(
     trusted = keyring.trusted(keys)
     lead = stream or read.CONTROLLER
     names, trouble = [lead], None
+    expected = _expected(expect_head)
     try:
+        if (odd := read.no_file(run_dir)) is not None:
+            alone = _Audit(run_dir, lead, [], trusted, without_payloads=without_payloads)
+            alone.find(UNREADABLE, f"{odd}: is neither a file nor a folder")
+            return _result([alone], trusted)
         names += [name for name in read.streams(run_dir) if name != lead] if stream is None else []
     except OSError as error:
         trouble = f"{error.filename or run_dir}: {error.strerror}"
     cut: list[str] = []
-    expected = _expected(expect_head)
     marks = _kept(run_dir, names, anchors, trusted, cut)
     marks[lead] += expected
     audits = [_Audit(run_dir, name, marks[name], trusted, without_payloads=without_payloads) for name in names]

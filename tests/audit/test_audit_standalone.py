@@ -6,6 +6,7 @@ import ast
 import base64
 import filecmp
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -410,3 +411,21 @@ def imports(tree):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module
+
+
+@pytest.mark.parametrize(
+    "place", ["run.json", "state.json", "audit/controller/seg-000000000009.jsonl", "audit/controller/pruned.json",
+              "audit/controller/checkpoints/3.note", f"policy/{'a' * 64}.yaml"],
+)  # fmt: skip
+def test_a_pipe_in_the_place_of_a_file_keeps_nobody_waiting(tmp_path, place):
+    """In processes of their own: one that waits for ever is ended, and fails."""
+    shutil.copytree(make_vectors.HOME / "ok-approved" / "run", tmp_path / "run")
+    pipe = tmp_path / "run" / place
+    pipe.parent.mkdir(parents=True, exist_ok=True)
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    for module in (["loopguard.cli", "audit", "verify"], ["loopguard.audit.standalone"]):
+        command = [sys.executable, "-m", *module, str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 50, done.stderr
+        assert "is neither a file nor a folder" in done.stdout
