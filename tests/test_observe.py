@@ -645,6 +645,14 @@ def examine_draft(run_dir):
     return loaded == load(policy)
 
 
+def test_no_cycle_begins_before_there_is_something_to_work_on(tmp_path):
+    answers = iter([False, True, True])
+    with LoopGuard.observe(tmp_path / "seen") as guard:
+        assert [cycle.number for cycle in guard.cycles(2, ready=lambda: next(answers))] == [1, 2]
+        with pytest.raises(UsageError, match="give a function"):
+            next(iter(guard.cycles(1, ready=True)))
+
+
 @pytest.mark.parametrize(("observed", "guarded"), [(Observer, LoopGuard), (ObservedCycle, Cycle)])
 def test_it_takes_whatever_a_loop_hands_to_a_guard(observed, guarded):
     """So that the two can be swapped in one line."""

@@ -15,6 +15,7 @@ import os
 import shlex
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -50,6 +51,7 @@ B = TypeVar("B")
 T = TypeVar("T")
 
 _EXPECTED = get_args(ExpectedKind)
+_POLL_S = 0.5
 _NAMED = 5
 """Later findings that the summary names."""
 _ALLOWED = Decision(result="allow", gate="update", rule="observed", reason="this run is observed: nothing is withheld")
@@ -249,14 +251,21 @@ class Observer:
         """Give back what it gets."""
         return reward
 
-    def cycles(self, count: int, *, warmup: bool = False) -> Iterator[ObservedCycle]:
+    def cycles(
+        self, count: int, *, warmup: bool = False, ready: Callable[[], bool] | None = None
+    ) -> Iterator[ObservedCycle]:
         """The cycles from 1 to `count`; with `warmup` cycle 0 comes first, in which monitors only learn.
 
-        All of them, also where the directory holds earlier ones: nothing is restored, so nothing can be left out.
+        All of them, also where the directory holds earlier ones: nothing is restored, so nothing can be left out. While
+        `ready` says no, no cycle begins, for however long: an observer has no limit to hold a run to.
         """
         if not isinstance(count, int):
             raise UsageError(f"guard.cycles({count!r}): cycles are counted in whole numbers")
+        if ready is not None and not callable(ready):
+            raise UsageError(f"guard.cycles(ready={ready!r}): give a function that says whether a cycle may begin")
         for number in range(0 if warmup else 1, count + 1):
+            while ready is not None and not ready():
+                time.sleep(_POLL_S)
             self._begin_cycle(number)
             cycle = ObservedCycle(self, number)
             yield cycle
