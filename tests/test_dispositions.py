@@ -601,6 +601,13 @@ class TestHold:
 
 
 class TestASignal:
+    @pytest.fixture(autouse=True)
+    def _as_in_a_new_process(self):
+        """Whatever guards other tests have left open."""
+        before = signal.signal(signal.SIGUSR2, signal.SIG_DFL)
+        yield
+        signal.signal(signal.SIGUSR2, before)
+
     def test_freezes_at_the_next_gate(self, lab):
         with (
             lab.build(lab.open()) as guard,
@@ -609,6 +616,16 @@ class TestASignal:
             cycle = next(iter(guard.cycles(1)))
             os.kill(os.getpid(), signal.SIGUSR2)
             lab.update(cycle)
+
+    def test_one_that_comes_right_behind_the_look_for_requests_is_recorded_too(self, lab, monkeypatch):
+        """The gate has listened, and finds the latch a moment later: the freeze has its number and its reason."""
+        with lab.build(lab.open()) as guard:
+            cycle = next(iter(guard.cycles(1)))
+            listen = guard._listen
+            monkeypatch.setattr(guard, "_listen", lambda: (listen(), os.kill(os.getpid(), signal.SIGUSR2)))
+            with pytest.raises(LoopFrozen, match=r"frozen \(f1\): somebody sent the process signal SIGUSR2"):
+                lab.update(cycle)
+        assert [entry.body["freeze"] for entry in lab.events("freeze.entered")] == ["f1"]
 
     def test_does_again_what_it_did_once_the_run_is_closed(self, lab):
         before = signal.getsignal(signal.SIGUSR2)

@@ -91,6 +91,7 @@ class Cycle:
         Close it, or use it as a context manager. Raises UsageError where no rule names that profile, LoopFrozen where
         the loop is frozen, SandboxUnavailableError.
         """
+        self._guard._listen()  # a latch that nobody has taken up yet has no number and no reason
         self._guard._state.raise_if_frozen()
         calls = self._guard._episode(profile, cycle=self.number, closed=lambda: self.discarded)
         return Episode(self._guard, self, calls)

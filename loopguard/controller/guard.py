@@ -246,9 +246,7 @@ class LoopGuard:
             self._judge_the_last()
             self._good.close()
             lost = self._good.lost()
-            if self._log.degraded:
-                self._state.freeze_unwritable("the audit log could not be written")
-            else:
+            if not self._log.degraded:
                 self._ledger.flush()
                 if finished and not self._state.frozen and lost is None:
                     self._log.append("run.finished", {"cycles": self.promoted_cycle or 0})
@@ -258,14 +256,22 @@ class LoopGuard:
                     there = self._good.store.promoted() if lost is not None else None
                     self._state.remember(cycle=there.cycle if there else None, undone=lost is not None)
         finally:
+            self._close_the_log()
+        if finished and lost is not None:
+            raise lost  # what was promoted last is not on disk, and nobody else would say so
+
+    def _close_the_log(self) -> None:
+        """Freeze where it could not be written; also where the first record that did not fit was one of the last."""
+        try:
+            if self._log.degraded:
+                self._state.freeze_unwritable("the audit log could not be written")
+        finally:
             try:
                 if self._notifier is not None:
                     self._notifier.close()
             finally:
                 self._log.close()
                 signals.stop_listening(self)  # last: until here a signal freezes, and does not kill what is written
-        if finished and lost is not None:
-            raise lost  # what was promoted last is not on disk, and nobody else would say so
 
     def _judge_the_last(self) -> None:
         """Judge what nobody asks about any more: the update on the device, and whether the last was honoured."""
@@ -675,6 +681,9 @@ class LoopGuard:
 
     def _stop(self) -> None:
         """What the guard policy says a frozen loop does. Returns only where it waited and somebody resumed."""
+        if not self._consensus.several:
+            with self._turn:
+                self._adopt_latch()  # one that was set after the gate had listened: by a signal, in that very moment
         if self._state.halted:
             raise LoopFrozen(self._state.freeze_id, self._state.reason)
         match self.policy.freeze.when_frozen:

@@ -259,6 +259,24 @@ def test_the_freeze_lies_in_a_segment_of_its_own_out_of_the_reserve(disk):
     assert verify(run.run_dir).code == 20
 
 
+@only(Full)
+def test_a_disk_that_fills_up_unnoticed_freezes_when_the_guard_is_closed(disk):
+    """The first record that does not fit is one of the end: what was applied last."""
+    run = Run(disk)
+    (segment,) = read.segments(run.run_dir)
+    log = run.guard._log
+    before = segment.stat().st_size
+    log.append("note.added", {"by": "x", "text": ""})
+    log.append("note.added", {"by": "x", "text": "-" * ((4090 - 2 * segment.stat().st_size + before) % 4096)})
+    disk.spoil()
+    assert not log.degraded
+    with pytest.raises(AuditWriteError, match=disk.says):
+        run.guard.close(finished=False)
+    assert read.last(run.run_dir).type == "freeze.entered"
+    assert standing(run.run_dir).frozen
+    assert verify(run.run_dir).code == 20
+
+
 @only(Full, SyncFails)
 def test_the_next_start_is_frozen_names_what_was_lost_and_waits_for_a_person(disk):
     """Records that did not reach the disk are kept beside the log and allowed nothing."""
