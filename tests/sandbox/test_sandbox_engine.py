@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import secrets
 import shutil
 import signal
 import subprocess
@@ -38,6 +39,8 @@ class OwnEngine:
         # Not below the folder of the test: the name of a socket has room for about a hundred characters.
         self.folder = Path(tempfile.mkdtemp(prefix="lg", dir="/tmp"))
         self.host = f"unix://{self.folder}/s"
+        # Not the folder's own name, in which "_" may come last or twice: containerd refuses that.
+        self._namespace = f"lg{secrets.token_hex(4)}"
         self._daemon: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -45,10 +48,9 @@ class OwnEngine:
         (self.folder / "none.json").write_text("{}")
         # Of one that was killed: it is taken for alive while the machine's first process has not waited for it.
         (self.folder / "exec" / "containerd" / "containerd.pid").unlink(missing_ok=True)
-        name = self.folder.name.lower()
         words = ["--config-file", self.folder / "none.json", "--data-root", self.folder / "root"]
         words += ["--exec-root", self.folder / "exec", "--pidfile", self.folder / "pid", "-H", self.host]
-        words += ["--containerd-namespace", name, "--containerd-plugins-namespace", f"{name}p"]
+        words += ["--containerd-namespace", self._namespace, "--containerd-plugins-namespace", f"{self._namespace}p"]
         words += ["--bridge=none", "--iptables=false", "--ip6tables=false", "--storage-driver=overlay2"]
         with (self.folder / "log").open("ab") as log:
             self._daemon = subprocess.Popen(
