@@ -49,8 +49,16 @@ class Shape:
         return any(anchor in (low if self.any_case else text) for anchor in self.anchors)
 
 
+_ESCAPED = (
+    r"(?<=\\[abfnrtv0])|(?<=\\x[\dA-Fa-f]{2})|(?<=\\u[\dA-Fa-f]{4})"  # a line break in quoted text
+    r"|(?<=%[\dA-Fa-f]{2})"  # an equals sign in an address
+    r"|(?<=[\d\[;]m)"  # a colour
+)
+"""Behind these something begins anew, although a letter or a digit stands before it."""
+
+
 def _token(name: str, *anchors: str, pattern: str) -> Shape:
-    return Shape(name, anchors, re.compile(rf"(?<![A-Za-z0-9])(?:{pattern})"))
+    return Shape(name, anchors, re.compile(rf"(?:(?<![A-Za-z0-9])|{_ESCAPED})(?:{pattern})", re.ASCII))
 
 
 _KEY_WORDS = (
@@ -68,15 +76,21 @@ _HOLLOW = re.compile(
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+")
 _FLAG = re.compile(r"(?:^|[\s\"'`(,=])--?(?:[A-Za-z][\w-]*[-_])?$")
 _FLAG_BACK = 40
-_VALUES = ("escaped", "double", "single", "bare")
+_VALUES = ("escaped", "escaped_single", "double", "single", "bare")
 
+# Only before a quote: what ends in an equals sign elsewhere is base64.
+_TYPE = r"[A-Za-z_][\w.\[\]]{0,40}"
 _ASSIGNED = re.compile(
-    rf"""(?P<name>{_KEY_WORDS}|(?P<weak>token))(?:\\?["'])?\]?
-    (?: \s{{0,4}} (?: :[ ]{{0,2}}[A-Za-z_][\w.|\[\]]{{0,40}}[ ]{{0,2}}= | :=|=>|[=!]?={{1,2}}|: ) \s{{0,4}}
+    rf"""(?P<name>{_KEY_WORDS}|(?P<weak>token))(?:\\{{0,7}}["'])?\]?
+    (?: (?: \s{{0,4}}|[ \t]{{5,40}} )
+        (?: :[ ]{{0,2}}{_TYPE}(?:[ ]?\|[ ]?{_TYPE}){{0,3}}[ ]{{0,40}}=(?=[ ]{{0,4}}[rbfu]{{0,2}}["'])
+          | :=|=>|[=!]?={{1,2}}|: )
+        (?: \s{{0,4}}|[ \t]{{5,40}} )
       | (?P<blank>[ \t]{{1,4}}) )
-    (?: [rbfu]{{0,2}} (?: \\"(?P<escaped>[^"\\\n]{{1,4096}})
-                        | "(?P<double>(?:[^"\\\n]|\\.){{1,4096}})
-                        | '(?P<single>(?:[^'\\\n]|\\.){{1,4096}}) )
+    (?: [rbfu]{{0,2}} (?: \\{{1,7}}"(?P<escaped>[^"\\\n]{{1,4096}})
+                        | \\{{1,7}}'(?P<escaped_single>[^'\\\n]{{1,4096}})
+                        | (?:\"\"\"|")(?P<double>(?:[^"\\\n]|\\.){{1,4096}})
+                        | (?:\'\'\'|')(?P<single>(?:[^'\\\n]|\\.){{1,4096}}) )
       | (?P<bare>[^\s"'`,;&|<>(){{}}\[\]\\]{{1,512}}) )""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -151,7 +165,7 @@ SHAPES: tuple[Shape, ...] = (
     _token("pypi token", "pypi-", pattern=r"pypi-AgE[\w-]{32,1024}"),
     _token("sendgrid key", "SG.", pattern=r"SG\.[\w-]{16,64}\.[\w-]{16,64}"),
     _token("age key", "AGE-SECRET-KEY-", pattern=r"AGE-SECRET-KEY-1[0-9A-Z]{50,64}"),
-    _token("jwt", "eyJ", pattern=r"eyJ[\w-]{8,1024}\.eyJ[\w-]{8,8192}\.[\w-]{0,2048}"),
+    _token("jwt", "eyJ", pattern=r"eyJ[\w-]{8,1024}\.eyJ[\w-]{8,8192}(?:\.[\w-]{0,2048})?"),
     Shape(
         "authorization",
         ("authorization",),
@@ -165,13 +179,16 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "authorization",
         ("bearer", "basic"),
-        re.compile(r"(?<![\w-])(?:bearer|basic)\s{1,4}(?P<secret>[A-Za-z0-9._~+/-]{16,8192}={0,2})", re.IGNORECASE),
+        re.compile(
+            rf"(?:(?<![\w-])|{_ESCAPED})(?:bearer|basic)\s{{1,4}}(?P<secret>[A-Za-z0-9._~+/-]{{16,8192}}={{0,2}})",
+            re.IGNORECASE,
+        ),
         _has_digit,
     ),
     Shape(
         "login in an address",
         ("://",),
-        re.compile(r"://(?P<secret>[^\s/@:'\"<>\\]{0,256}:[^\s/@'\"<>\\]{1,512})@"),
+        re.compile(r"://(?P<secret>[^\s/@:'\"<>\\]{0,256}:[^\s/'\"<>\\]{1,512})@"),
         _is_login,
     ),
     Shape("password or key", ("pass", "pwd", "secret", "credential", "key", "token"), _ASSIGNED, _assigned),
@@ -295,8 +312,14 @@ def words(command: Sequence[str]) -> list[str]:
     cleaned = []
     before = ""
     for word in command:
-        named = _FLAG_FOR_SECRET.fullmatch(before) and word and not word.startswith("-") and not _HOLLOW.fullmatch(word)
-        cleaned.append(BY_NAME if named else clean(word))
+        name, equals, value = word.partition("=")
+        if _FLAG_FOR_SECRET.fullmatch(before) and word and not word.startswith("-") and not _HOLLOW.fullmatch(word):
+            cleaned.append(BY_NAME)
+        elif value and (_FLAG_FOR_SECRET.fullmatch(name) or named(name, value)) and not _HOLLOW.fullmatch(value):
+            # All of it: no shell cuts a word at a blank or an ampersand once it is one.
+            cleaned.append(f"{name}{equals}{BY_NAME}")
+        else:
+            cleaned.append(clean(word))
         before = word
     return cleaned
 
