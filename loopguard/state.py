@@ -52,6 +52,8 @@ _NEXT = ("resume (rolls back, unless another disposition is asked for)", "read t
 _HALTED = "halted for good: "
 _MAX_REQUEST_BYTES = 64 * 1024
 """A larger file in `requests/` is none of ours. Escaped, so much still fits into a record."""
+_MOST_CHARS = 2000
+"""Of what is said in a latch: a reason that no record could hold would keep the freeze out of the log."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -526,7 +528,11 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     places = read.latches(run_dir)
     if any(latch.exists() for latch in places):
         return
-    body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+    body = {
+        "freeze": freeze,
+        "reason": _brief(clean(reason)),
+        "ts": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }
     data = json.dumps(body, sort_keys=True).encode() + b"\n"
     for latch in places[:-1]:
         try:
@@ -598,9 +604,12 @@ def submit(
     """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
 
     `way` is how a resume wants the run to go on, `statement` what it asks people to sign, `signature` an approval.
-    `commitments` is what is to be erased. Secrets in the reason do not reach the disk.
+    `commitments` is what is to be erased. Secrets in the reason do not reach the disk. Raises UsageError where there is
+    more to say than a request holds; a freeze is never refused for that, and says less.
     """
     by, reason = clean(by), clean(reason)
+    if kind == "freeze":
+        by, reason = _brief(by), _brief(reason)
     folder = run_dir / "requests"
     make_directory(folder)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
@@ -613,8 +622,13 @@ def submit(
         body["signature"] = signature
     if commitments:
         body["commitments"] = list(commitments)
+    text = json.dumps(body, sort_keys=True) + "\n"
+    if len(text) > _MAX_REQUEST_BYTES:
+        raise UsageError(
+            f"the request to {kind} has {len(text):,} bytes, and {_MAX_REQUEST_BYTES:,} are read: give a shorter reason"
+        )
     partial = folder / f".{name}"
-    partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -788,7 +802,11 @@ def _read_latch(run_dir: Path) -> dict[str, str]:
         latch = json.loads(next(place for place in read.latches(run_dir) if place.exists()).read_bytes())
     except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
-    return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+    return unreadable | {k: _brief(str(v)) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+
+
+def _brief(text: str) -> str:
+    return text if len(text) <= _MOST_CHARS else f"{text[: _MOST_CHARS - 3]}..."
 
 
 def _read_request(path: Path) -> Request | None:

@@ -83,6 +83,16 @@ def test_a_latch_whose_record_was_never_written_becomes_a_freeze_at_the_next_sta
     assert standing(run.path).acknowledged
 
 
+def test_a_latch_says_no_more_than_a_record_holds(run):
+    """Somebody may have written it by hand."""
+    state = run.open()
+    (run.path / "latch").write_text(json.dumps({"freeze": "x", "reason": "\U0001f600" * 40_000, "ts": ""}))
+    run.crash()
+    state = run.open()
+    assert state.frozen
+    assert run.types() == ["freeze.entered"]
+
+
 def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
     state = run.open()
     state.freeze(DECISION, cycle=2, facts={})
@@ -227,6 +237,25 @@ class TestRequests:
         state = run.open()
         submit(run.path, "note", by="dana", reason="ä" * 10_000)
         assert [r.reason for r in state.requests()] == ["ä" * 10_000]
+
+    @pytest.mark.parametrize("kind", ["resume", "erase", "note"])
+    def test_one_that_nobody_would_read_is_refused_to_whoever_makes_it(self, run, kind):
+        run.open()
+        with pytest.raises(UsageError, match=f"request to {kind} has .* bytes, and 65,536 are read"):
+            submit(run.path, kind, by="dana", reason="x" * 70_000, commitments=["0" * 64])
+        assert list((run.path / "requests").iterdir()) == []
+
+    def test_a_freeze_is_never_refused_for_what_there_is_to_say(self, run):
+        """No record holds so many characters beyond the basic plane, and a freeze without one would never end."""
+        reason = "\U0001f600" * 40_000
+        submit(run.path, "freeze", by="dana", reason=reason)
+        set_latch(run.path, freeze="requested", reason=reason)
+        state = run.open()
+        state.take_requests()
+        assert state.frozen
+        submit(run.path, "resume", by="dana", reason="false alarm", freeze="f1")
+        state.take_requests()
+        assert not state.frozen
 
     def test_without_a_living_loop_they_are_settled_by_whoever_takes_the_lock(self, run):
         submit(run.path, "freeze", by="dana", reason="looks wrong")
