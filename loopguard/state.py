@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -775,7 +776,7 @@ def _hold(cache: Mapping[str, Any], owner: int | None) -> str:
 
 def _cache(run_dir: Path) -> dict[str, Any]:
     try:
-        cache = json.loads((run_dir / "state.json").read_bytes())
+        cache = json.loads(_small(run_dir / "state.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return cache if isinstance(cache, dict) else {}
@@ -799,10 +800,24 @@ def _contradiction(run_dir: Path) -> str:
 def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
-        latch = json.loads(next(place for place in read.latches(run_dir) if place.exists()).read_bytes())
+        latch = json.loads(_small(next(place for place in read.latches(run_dir) if place.exists())))
     except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
     return unreadable | {k: _brief(str(v)) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+
+
+def _small(path: Path) -> bytes:
+    """What a file of the run directory says that anybody may have put there.
+
+    Raises OSError, and ValueError for what is too long or no file: a pipe would keep a loop from its gates for ever.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path} is no file")
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        data = file.read(_MAX_REQUEST_BYTES + 1)
+    if len(data) > _MAX_REQUEST_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_REQUEST_BYTES:,} bytes")
+    return data
 
 
 def _brief(text: str) -> str:
@@ -811,9 +826,7 @@ def _brief(text: str) -> str:
 
 def _read_request(path: Path) -> Request | None:
     try:
-        if path.stat().st_size > _MAX_REQUEST_BYTES:
-            return None
-        body = json.loads(path.read_bytes())
+        body = json.loads(_small(path))
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
         way = WayOn.read(body)

@@ -1,6 +1,7 @@
 """The freeze state: stopping is cheap, going on is dear, and nothing in between is lost."""
 
 import json
+import os
 
 import pytest
 
@@ -17,6 +18,19 @@ DECISION = Decision(
     reason="loss is nan",
     signals=(Signal(level="trip", monitor="bounds", metric="loss", value=float("nan"), at=7),),
 )
+
+
+def put(path, kind):
+    """Something that is no file, of which reading would never end, or which is elsewhere."""
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "link":
+            path.symlink_to(path.parent / "elsewhere")
 
 
 class Run:
@@ -84,13 +98,21 @@ def test_a_latch_whose_record_was_never_written_becomes_a_freeze_at_the_next_sta
 
 
 def test_a_latch_says_no_more_than_a_record_holds(run):
-    """Somebody may have written it by hand."""
-    state = run.open()
-    (run.path / "latch").write_text(json.dumps({"freeze": "x", "reason": "\U0001f600" * 40_000, "ts": ""}))
+    """Somebody may have written it by hand, and of a password that is taken out more is left than it was."""
+    run.open()
     run.crash()
-    state = run.open()
-    assert state.frozen
+    (run.path / "latch").write_text(json.dumps({"freeze": "x", "reason": "://a:bb@" * 8000, "ts": ""}))
+    assert run.open().frozen
     assert run.types() == ["freeze.entered"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_a_latch_that_is_no_file_freezes_all_the_same(run, kind):
+    run.open()
+    run.crash()
+    put(run.path / "latch", kind)
+    assert standing(run.path).reason == "the latch is set"
+    assert run.open().frozen
 
 
 def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
@@ -230,6 +252,14 @@ class TestRequests:
         state = run.open()
         (run.path / "requests").mkdir()
         (run.path / "requests" / "x.json").write_text(content)
+        assert list(state.requests()) == []
+        assert not state.stirred()
+
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link"])
+    def test_what_is_no_file_is_set_aside_and_not_waited_for(self, run, kind):
+        state = run.open()
+        (run.path / "requests").mkdir()
+        put(run.path / "requests" / "x.json", kind)
         assert list(state.requests()) == []
         assert not state.stirred()
 
