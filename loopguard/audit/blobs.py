@@ -225,13 +225,22 @@ def _sync(folder: Path) -> None:
 
 
 def delete(stream_dir: Path, commitments: Iterable[str]) -> None:
-    """Delete blobs, and return when that is on disk. Those that are gone are fine. Raises OSError."""
+    """Delete blobs, and return when that is on disk. Those that are gone are fine.
+
+    Raises OSError, once every other one is gone.
+    """
     paths = [path_of(stream_dir, commitment) for commitment in commitments]
+    trouble: OSError | None = None
     for path in paths:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            trouble = trouble or error
     for folder in sorted({path.parent for path in paths}):
         if folder.is_dir():
             _sync(folder)
+    if trouble is not None:
+        raise trouble
 
 
 class Shelf:
@@ -244,27 +253,24 @@ class Shelf:
     def __init__(self, stream_dir: Path) -> None:
         """Raises OSError."""
         self._dir = stream_dir
-        self._unnamed = set(_there(stream_dir))
+        self.unnamed = set(_there(stream_dir))
+        """What is there and named by no record."""
         self.erased: set[str] = set()
         """What some record says is erased."""
-        self._leftover: list[str] = []
+        self.leftover: list[str] = []
+        """What is there although some record says that it is erased: a process died, or the disk refused."""
 
     def feed(self, entry: Entry) -> None:
         """Take in the next record."""
         if entry.type in MEMBERS:
             for one in named(entry):
-                self._unnamed.discard(one.commitment)
+                self.unnamed.discard(one.commitment)
         elif entry.type == "blob.erased":
             commitments = set(erased_by(entry.body))
             self.erased |= commitments
             # Erasing and dropping is the same to whoever deletes; but this one is recorded already.
-            self._leftover += [one for one in commitments if os.path.lexists(path_of(self._dir, one))]
-            self._unnamed -= commitments
-
-    def finish(self) -> list[str]:
-        """Delete what was to be erased when a process died; gives the blobs that no record names. Raises OSError."""
-        delete(self._dir, self._leftover)
-        return sorted(self._unnamed)
+            self.leftover += [one for one in commitments if os.path.lexists(path_of(self._dir, one))]
+            self.unnamed -= commitments
 
 
 def erased_by(body: Mapping[str, Any]) -> list[str]:
@@ -280,7 +286,7 @@ def _there(stream_dir: Path) -> Iterator[str]:
         return
     for folder in sorted(home.iterdir()):
         if folder.is_dir():
-            names = (path.name for path in folder.iterdir())
+            names = (path.name for path in folder.iterdir() if path.is_symlink() or not path.is_dir())
             yield from (name for name in names if is_commitment(name) and name[:2] == folder.name)
 
 

@@ -262,6 +262,7 @@ class AuditLog:
             self._drop_unnamed(found.unnamed)
             opened = {"pid": os.getpid(), "versions": _versions()}
             self.append("log.opened", opened | ({"key": str(key.public)} if key else {}))
+            self._delete_erased(found.leftover)
         except BaseException:
             os.close(self._segment.fd)
             raise
@@ -385,12 +386,16 @@ class AuditLog:
             body = {"by": by, "reason": reason, "commitments": part}
             self.append("blob.erased", body, actor={"kind": "person", "id": by})
             self._erased.update(part)
-            try:
-                blobs.delete(self._folder, part)
-            except OSError as error:
-                text = f"payloads that were erased cannot be deleted yet: {error.strerror} ({error.filename})"
-                self.append("note.added", {"by": "loopguard", "text": text})
+            self._delete_erased(part)
         return fresh
+
+    def _delete_erased(self, commitments: Sequence[str]) -> None:
+        """Delete payloads that a record says are erased, or say why that has to wait: it stops nothing."""
+        try:
+            blobs.delete(self._folder, commitments)
+        except OSError as error:
+            text = f"payloads that were erased cannot be deleted yet: {error.strerror} ({error.filename})"
+            self.append("note.added", {"by": "loopguard", "text": text})
 
     def sync(self) -> None:
         """Return once everything appended so far is on disk. Callers at the same time share one sync."""
@@ -717,6 +722,8 @@ class _Found:
     """Payloads that a record says are erased."""
     unnamed: list[str] = field(default_factory=list)
     """Payloads beside the log that no record names."""
+    leftover: list[str] = field(default_factory=list)
+    """Payloads beside the log that a record says are erased."""
 
 
 def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
@@ -758,7 +765,7 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
         tail = f"the log ends at record {chain.head.seq}: the tail was cut. `loopguard audit verify` says more"
         raise AuditTamperedError(f"{summed[max(summed)]} was written when there were {max(summed)} records; {tail}")
     if strict:  # of an altered log nobody knows what its lost records named
-        found.unnamed = shelf.finish()
+        found.unnamed, found.leftover = sorted(shelf.unnamed), shelf.leftover
     return found
 
 

@@ -267,6 +267,25 @@ class TestErase:
             pass
         assert commitments[0] not in there(run_dir)
 
+    def test_one_that_can_never_be_deleted_keeps_no_other_and_no_start(self, run):
+        """A folder in its place, say: the rest has to go all the same, and the run to go on."""
+        run_dir, commitments = run
+        path = blobs.path_of(folder(run_dir), commitments[0])
+        path.unlink()
+        path.mkdir()
+        with open_log(run_dir) as log:
+            log.erase(commitments, by="dana", reason="r")
+        assert there(run_dir) == []
+        for starts in (2, 3):
+            with open_log(run_dir):
+                pass
+            notes = [entry.body["text"] for entry in read.entries(run_dir, types=("note.added",))]
+            assert notes == [f"payloads that were erased cannot be deleted yet: Is a directory ({path})"] * starts
+        path.rmdir()
+        with open_log(run_dir):
+            pass
+        assert len(list(read.entries(run_dir, types=("note.added",)))) == 3
+
     def test_twice_is_once(self, run):
         """Also by another process, which knows it from the log."""
         run_dir, commitments = run
@@ -357,6 +376,14 @@ class TestAfterACrash:
         with open_log(run_dir):
             pass
         assert sum(1 for path in (folder(run_dir) / "blobs").rglob("*") if path.is_file()) == 6
+
+    def test_a_folder_is_nobodys_either(self, run):
+        run_dir, commitments = run
+        (folder(run_dir) / "blobs" / "00" / ("0" * 64)).mkdir(parents=True)
+        with open_log(run_dir):
+            pass
+        assert there(run_dir) == sorted(commitments)
+        assert list(read.entries(run_dir, types=("blob.dropped",))) == []
 
     def test_nothing_is_dropped_beside_a_log_that_does_not_verify(self, run):
         """What its lost records named, nobody knows."""
