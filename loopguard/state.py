@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
-from loopguard.audit.events import Head, printable
+from loopguard.audit.events import MAX_DEPTH, Head, depth, printable
 from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import DiskError, LoopFrozen, UsageError
@@ -53,6 +53,8 @@ _NEXT = ("resume (rolls back, unless another disposition is asked for)", "read t
 _HALTED = "halted for good: "
 _MAX_REQUEST_BYTES = 64 * 1024
 """A larger file in `requests/` is none of ours. Escaped, so much still fits into a record."""
+_MOST_LEVELS = MAX_DEPTH // 2
+"""Of a request: what it asks people to sign is recorded as it came, also where it is no statement."""
 _MOST_CHARS = 2000
 """Of what is said in a latch: a reason that no record could hold would keep the freeze out of the log."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
@@ -833,7 +835,7 @@ def _read_request(path: Path) -> Request | None:
         commitments = tuple(map(str, body.get("commitments", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if kind not in get_args(RequestKind):
+    if kind not in get_args(RequestKind) or depth(body) > _MOST_LEVELS:
         return None
     if kind == "erase" and not (by.strip() and reason.strip() and commitments):
         return None
