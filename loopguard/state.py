@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
-from loopguard.audit.events import MAX_DEPTH, Head, depth, printable
+from loopguard.audit.events import MAX_DEPTH, Head, canonical, depth, printable
 from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import DiskError, LoopFrozen, UsageError
@@ -829,13 +829,14 @@ def _brief(text: str) -> str:
 def _read_request(path: Path) -> Request | None:
     try:
         body = json.loads(_small(path))
+        size = len(clean(canonical(body)))  # what stands for a secret may be longer than it was
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
         way = WayOn.read(body)
         commitments = tuple(map(str, body.get("commitments", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if kind not in get_args(RequestKind) or depth(body) > _MOST_LEVELS:
+    if kind not in get_args(RequestKind) or size > _MAX_REQUEST_BYTES or depth(body) > _MOST_LEVELS:
         return None
     if kind == "erase" and not (by.strip() and reason.strip() and commitments):
         return None

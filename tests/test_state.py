@@ -246,7 +246,14 @@ class TestRequests:
         assert list(state.requests()) == []
         assert (run.path / "requests" / "done" / "x.json").exists()
 
-    @pytest.mark.parametrize("content", ["[" * 50_000, '{"kind": "note", "by": "x", "reason": "' + "ä" * 40_000 + '"}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "[" * 50_000,
+            *('{"kind": "note", "by": "x", "reason": "' + text + '"}' for text in ("ä" * 40_000, "://:b@" * 10_900)),
+        ],
+        ids=["nested", "long", "secrets"],
+    )
     def test_what_nobody_could_record_is_set_aside_and_said(self, run, content):
         """A hostile file must not keep a loop from its gates."""
         state = run.open()
