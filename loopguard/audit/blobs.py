@@ -41,6 +41,8 @@ AT_ONCE = 1000
 """How many commitments a record names at most."""
 
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
+_GONE = (FileNotFoundError, NotADirectoryError)
+"""What the system says of a blob that is not there, also where something else stands in the place of its folder."""
 _SIZES = range(2**53)
 _HEAD_BYTES = len(MAGIC) + SALT_BYTES
 
@@ -103,7 +105,7 @@ class Reader:
         """So many characters of a payload, or in brackets why there are none. Not safe to print: strangers wrote it."""
         try:
             file = _opened(path_of(self._dir, commitment))
-        except FileNotFoundError:
+        except _GONE:
             return "(erased)" if commitment in self._erasures() else "(gone, and not erased by any record)"
         except OSError as error:
             return f"(cannot be read: {error.strerror})"
@@ -233,7 +235,9 @@ def delete(stream_dir: Path, commitments: Iterable[str]) -> None:
     trouble: OSError | None = None
     for path in paths:
         try:
-            path.unlink(missing_ok=True)
+            path.unlink()
+        except _GONE:
+            continue
         except OSError as error:
             trouble = trouble or error
     for folder in sorted({path.parent for path in paths}):
@@ -338,7 +342,7 @@ class Check:
         path = path_of(self._dir, one.commitment)
         try:
             file = _opened(path)
-        except FileNotFoundError:
+        except _GONE:
             self._gone[one.commitment] = f"{place}: record {entry.seq}: what it names as {one.member}"
             return
         if file is None:

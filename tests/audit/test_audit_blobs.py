@@ -155,6 +155,19 @@ class TestCheck:
         found = verify(run[0])
         assert (found.code, len(found.findings)) == (42, 3)
 
+    def test_something_else_in_the_place_of_their_folder_makes_them_missing_too(self, run):
+        """The verifier goes on behind the first: what cannot be read is less than what is gone."""
+        run_dir, commitments = run
+        shutil.rmtree(folder(run_dir) / "blobs")
+        (folder(run_dir) / "blobs").touch()
+        found = verify(run_dir)
+        assert (found.code, len(found.findings)) == (42, 3)
+        assert blobs.Reader(run_dir).text(commitments[0], most=5) == "(gone, and not erased by any record)"
+        with open_log(run_dir) as log:
+            log.erase(commitments, by="dana", reason="moved by hand")
+        assert find(run_dir) == (20, "")
+        assert list(read.entries(run_dir, types=("note.added",))) == []
+
     def test_a_reader_who_knows_that_they_were_left_out_does_not_miss_them(self, run):
         shutil.rmtree(folder(run[0]) / "blobs")
         found = verify(run[0], without_payloads=True)
