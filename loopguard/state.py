@@ -56,7 +56,7 @@ _MAX_REQUEST_BYTES = 64 * 1024
 _MOST_LEVELS = MAX_DEPTH // 2
 """Of a request: what it asks people to sign is recorded as it came, also where it is no statement."""
 _MOST_CHARS = 2000
-"""Of what is said in a latch: a reason that no record could hold would keep the freeze out of the log."""
+"""Of the reason of a freeze: one that no record could hold would keep the freeze out of the log."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -488,7 +488,7 @@ class FreezeState:
         return freeze
 
     def _told_of(self, *, gate: str, rule: str, reason: str) -> dict[str, Any]:
-        body: dict[str, Any] = {"freeze": self._freeze, "gate": gate, "rule": rule, "reason": reason}
+        body: dict[str, Any] = {"freeze": self._freeze, "gate": gate, "rule": rule, "reason": _brief(reason)}
         return body | {
             "epoch": self._log.epoch,
             "signals": [],
@@ -823,6 +823,8 @@ def _small(path: Path) -> bytes:
 
 
 def _brief(text: str) -> str:
+    if len(text) > _MOST_CHARS:
+        text = clean(text)  # first: of a secret that is cut nobody knows that it is one
     return text if len(text) <= _MOST_CHARS else f"{text[: _MOST_CHARS - 3]}..."
 
 

@@ -115,6 +115,16 @@ def test_a_latch_that_is_no_file_freezes_all_the_same(run, kind):
     assert run.open().frozen
 
 
+def test_a_freeze_is_recorded_whatever_the_monitor_that_failed_had_to_say(run):
+    state = run.open()
+    token = "ghp_" + "a1B2c3D4e5F6g7H8i9J0"
+    reason = f"{'x ' * 993}{token}{'x' * 300_000}"
+    state.freeze(Decision(result="freeze", gate="update", rule="r", reason=reason), cycle=1, facts={})
+    (entry,) = read.entries(run.path, types=("freeze.entered",))
+    assert len(entry.body["reason"]) < 2100
+    assert "ghp" not in entry.body["reason"]
+
+
 def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
     state = run.open()
     state.freeze(DECISION, cycle=2, facts={})
