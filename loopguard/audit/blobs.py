@@ -13,6 +13,7 @@ of a blob in a bundle, a backup or a snapshot of the file system, and what a dis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
 from loopguard.audit.events import printable
-from loopguard.errors import UsageError
+from loopguard.errors import AuditTamperedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,13 +97,19 @@ def _opened(path: Path) -> BufferedReader | None:
 class Reader:
     """What the payloads of one stream say, for people. Each is checked before it is shown."""
 
-    def __init__(self, run_dir: Path, stream: str = read.CONTROLLER) -> None:
-        self._run_dir, self._stream = run_dir, stream
+    def __init__(self, run_dir: Path, stream: str = read.CONTROLLER, *, handed_on: bool = False) -> None:
+        """For text that is `handed_on`, a payload that is erased and still there is read no more.
+
+        Who looks at a run is spared that: it takes a look at the whole log.
+        """
+        self._run_dir, self._stream, self._handed_on = run_dir, stream, handed_on
         self._dir = read.stream_dir(run_dir, stream)
         self._erased: set[str] | None = None
 
     def text(self, commitment: str, *, most: int) -> str:
         """So many characters of a payload, or in brackets why there are none. Not safe to print: strangers wrote it."""
+        if self._handed_on and commitment in self._erasures():
+            return "(erased)"
         try:
             file = _opened(path_of(self._dir, commitment))
         except _GONE:
@@ -121,9 +128,17 @@ class Reader:
 
     def _erasures(self) -> set[str]:
         if self._erased is None:
-            records = read.entries(self._run_dir, self._stream, types=("blob.erased",))
-            self._erased = {one for entry in records for one in erased_by(entry.body)}
+            self._erased = erasures(self._run_dir, self._stream)
         return self._erased
+
+
+def erasures(run_dir: Path, stream: str) -> set[str]:
+    """The payloads that a stream says are erased, as far as it was not altered."""
+    erased: set[str] = set()
+    with contextlib.suppress(AuditTamperedError):
+        for entry in read.entries(run_dir, stream, types=("blob.erased",)):
+            erased.update(erased_by(entry.body))
+    return erased
 
 
 @dataclass(frozen=True, slots=True)

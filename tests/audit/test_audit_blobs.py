@@ -508,3 +508,18 @@ class TestReader:
         assert reader.text(first, most=5) == "(erased)"
         assert reader.text(second, most=5) == "(gone, and not erased by any record)"
         assert reader.text(third, most=5) == "(not what was recorded)"
+
+    def test_of_an_altered_log_it_still_says_what_it_can(self, run):
+        """A report is written of such a log too."""
+        run_dir, (first, second, third) = run
+        with open_log(run_dir) as log:
+            log.erase([first], by="dana", reason="r")
+            log.erase([second], by="eli", reason="r")
+        path = read.segments(run_dir)[0]
+        path.write_bytes(path.read_bytes().replace(b'"by":"eli"', b'"by":"fay"'))
+        reader = blobs.Reader(run_dir, handed_on=True)
+        assert [reader.text(one, most=5) for one in (first, second, third)] == [
+            "(erased)",
+            "(gone, and not erased by any record)",
+            "\\xff\0...",
+        ]
