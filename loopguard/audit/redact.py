@@ -69,13 +69,15 @@ _KEY_WORDS = (
 """A name that ends in one of these names a secret."""
 
 _HOLLOW = re.compile(
-    r"\{.*\}|<.*>|\[.*\]|\$\{?\w+\}?|\$\(.*|%s|%\(\w+\)s|[*.x•_-]+|none|null|nil|true|false|undefined|str|string|bytes",
+    r"\{.*\}|<.*>|\[.*\]|\$\{?\w+\}?|\$\(.*|%s|%\(\w+\)s|[*.x•_-]+|none|null|nil|true|false|undefined|str|string|bytes"
+    r"|include|omit|same-origin",
     re.IGNORECASE,
 )
 """A value that stands for one: a place to be filled in, a variable, a type, something that is blacked out already."""
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+")
 _FLAG = re.compile(r"(?:^|[\s\"'`(,=])--?(?:[A-Za-z][\w-]*[-_])?$")
 _FLAG_BACK = 40
+_LINE_BACK = 200
 _VALUES = ("escaped", "escaped_single", "double", "single", "bare")
 
 # Only before a quote: what ends in an equals sign elsewhere is base64.
@@ -106,7 +108,7 @@ def _assigned(match: re.Match[str]) -> bool:
     if _HOLLOW.fullmatch(value) or (match["weak"] and not is_flag and not _random(value)):
         return False
     if quoted is not None:
-        return match["blank"] is None or is_flag
+        return (match["blank"] is None and not _ends_a_text(match)) or is_flag
     if is_flag:
         return not value.startswith(("-", "$"))
     if match["blank"] is not None or value.startswith("$") or (match["name"].lower() == "pwd" and value[0] in "/~."):
@@ -114,6 +116,16 @@ def _assigned(match: re.Match[str]) -> bool:
     if match["name"].isupper() and text[match.start("bare") - 1] == "=":
         return len(value) >= 3  # as in the environment of a process
     return len(value) >= 5 and not _DOTTED.fullmatch(value)
+
+
+def _ends_a_text(match: re.Match[str]) -> bool:
+    """Whether the quote behind a name ends what the name itself stands in, as in `input("password: ")`."""
+    text, at = match.string, max(match.start("double"), match.start("single"))
+    if at < 0 or text[at] not in "),;.]}+% ":
+        return False
+    begin = max(0, at - 1 - _LINE_BACK)
+    line = text[max(begin, text.rfind("\n", begin, at - 1) + 1) : at - 1]
+    return len(line) < _LINE_BACK and line.count(text[at - 1]) % 2 == 1
 
 
 def _random(text: str) -> bool:
