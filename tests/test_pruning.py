@@ -334,12 +334,17 @@ class TestCommand:
         assert "nothing goes: no closed segment is that old" in capsys.readouterr().out
         assert read.last(long_ago.run_dir).seq == head
 
+    @pytest.mark.parametrize("words", [("--before", "0026-01-31"), ("--before", "0999-12-31"), ("--keep-days", 739_000)])
+    def test_a_year_of_few_digits_is_long_ago_and_not_behind_this_century(self, long_ago, words):
+        assert self.ask(long_ago, *words, "--dry-run") == 1
+
     @pytest.mark.parametrize(
         ("words", "said"),
         [
             ([], "either --keep-days N or --before DATE"),
             (["--keep-days", 400, "--before", "2020-01-01"], "either --keep-days N or --before DATE"),
             (["--before", "soon"], "--before 'soon' is no date"),
+            (["--before", "0001-01-01T00:00+14:00"], "is no date"),
             (["--keep-days", 30], "audit.retain_days"),
             (["--keep-days", 10**9], "beginning of all times"),
         ],

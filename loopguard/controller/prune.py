@@ -189,6 +189,6 @@ def day(text: str) -> datetime:
     """A date or a time in UTC, as people write it. Raises UsageError."""
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         raise UsageError(f"--before {text!r} is no date; expected one such as 2026-01-31") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
