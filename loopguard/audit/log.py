@@ -355,6 +355,8 @@ class AuditLog:
             if self._last_used:
                 raise AuditWriteError(f"{self._trouble}; the space kept free for a last record is used up")
             self._last_used = True
+            if self._compressor is not None:
+                self._compressor.close(within_s=0)  # it would take the space that is kept free for this record
             with _disk("write a last record"):
                 entry = self._write_last(fields)
         if self._mirror is not None:
@@ -402,10 +404,12 @@ class AuditLog:
         if self._lock_fd < 0:
             return
         try:
-            if not self.degraded:
-                self.sync()
-            if self._compressor is not None:
-                self._compressor.close()
+            try:
+                if not self.degraded:
+                    self.sync()
+            finally:
+                if self._compressor is not None:  # before the lock is given back, whatever comes in between
+                    self._compressor.close(within_s=packing.CLOSE_S)
             if not self.degraded:
                 self._say_left_raw()
                 if self._told > self._summed:
