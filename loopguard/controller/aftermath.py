@@ -145,6 +145,11 @@ class Aftermath:
         """The cycle at hand, or the last one."""
         return self._cycle
 
+    def counts(self, gate: str, cycle: int) -> bool:
+        """Whether a freeze at this gate, in this cycle, is one that uses up the budget by now."""
+        budget = self._policy.halt_above
+        return budget is not None and gate in _BY_ITSELF and cycle > self._cycle - budget.cycles
+
     @property
     def spent(self) -> str:
         """Why the run may not be let go on any more, in one sentence; the empty string where it may."""

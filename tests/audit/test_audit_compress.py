@@ -140,7 +140,6 @@ class TestWriting:
         assert not any(name.endswith(".gz") for name in names(run_dir))
         assert verify(run_dir).code == 20
 
-
     @pytest.mark.parametrize("interrupted", ["sync", "wait"])
     def test_no_thread_outlives_the_lock(self, run_dir, monkeypatch, interrupted):
         """Whoever opens the log next begins with the same segment, and two at one segment could lose it."""
