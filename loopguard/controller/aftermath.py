@@ -145,11 +145,6 @@ class Aftermath:
         """The cycle at hand, or the last one."""
         return self._cycle
 
-    def counts(self, gate: str, cycle: int) -> bool:
-        """Whether a freeze at this gate, in this cycle, is one that uses up the budget by now."""
-        budget = self._policy.halt_above
-        return budget is not None and gate in _BY_ITSELF and cycle > self._cycle - budget.cycles
-
     @property
     def spent(self) -> str:
         """Why the run may not be let go on any more, in one sentence; the empty string where it may."""
@@ -170,6 +165,12 @@ class Aftermath:
         share = self._policy.probation.tighten if self._policy.probation and self.probation else 1.0
         rule, until = self._waived
         return share, rule if self._cycle <= until else ""
+
+
+def counts(gate: str, cycle: int, *, now: int, policy: Freeze) -> bool:
+    """Whether a freeze at this gate, in this cycle, uses up the budget of a run that has come to cycle `now`."""
+    budget = policy.halt_above
+    return budget is not None and gate in _BY_ITSELF and cycle > now - budget.cycles
 
 
 def suspect_state(run_dir: Path, freeze: str) -> tuple[str, Any]:

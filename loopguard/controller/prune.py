@@ -17,7 +17,7 @@ from loopguard.audit import read
 from loopguard.audit.log import AuditLog
 from loopguard.audit.verify import TAMPER, verify
 from loopguard.consent.sshsig import stamp
-from loopguard.controller import aftermath
+from loopguard.controller.aftermath import counts
 from loopguard.controller.directory import anchors, refuse_unlogged
 from loopguard.errors import AuditTamperedError, DiskError, LoopFrozen, PolicyMismatchError, RunBusyError, UsageError
 from loopguard.policy.load import load
@@ -166,9 +166,12 @@ class _Stays:
 
     def __init__(self, run_dir: Path, stream: str, policy: GuardPolicy) -> None:
         self._dir = run_dir
-        told = read.entries(run_dir, stream, types=aftermath.TYPES)
-        self._after = aftermath.Aftermath.of(told, policy.freeze)
-        self._cycle = 0
+        self._policy = policy.freeze
+        self._cycle = self._now = 0
+        """That of the record at hand, and the last one."""
+        for entry in read.entries(run_dir, stream, types=("cycle.started", "promotion.rolled_back")):
+            number = entry.cycle if entry.type == "cycle.started" else entry.body.get("cycle")
+            self._now = number if isinstance(number, int) else self._now
         promotions = read.entries(run_dir, stream, types=("promotion.applied",))
         self._promoted = max((entry.seq for entry in promotions), default=0)
 
@@ -190,7 +193,7 @@ class _Stays:
                 self._cycle = entry.cycle
             case "freeze.entered":
                 cycle = self._cycle if entry.cycle is None else entry.cycle
-                if self._after.counts(str(body.get("gate")), cycle):
+                if counts(str(body.get("gate")), cycle, now=self._now, policy=self._policy):
                     return f"{body.get('freeze')} still counts for freeze.halt_above of the guard policy"
             case "resume.applied" if entry.seq > self._promoted and body.get("disposition") in ("accept", "discard"):
                 return f"the run goes on from what was decided about {body.get('freeze')}"
