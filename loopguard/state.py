@@ -748,9 +748,10 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(facts, dict) or "id" not in facts:
-        raise UsageError(f"{path}: is not the description of a run; it has no id")
-    return facts
+    for name in ("id", "policy"):
+        if not isinstance(facts, dict) or not isinstance(facts.get(name), str):
+            raise UsageError(f"{path}: is not the description of a run; it has no {name}")
+    return dict(facts)
 
 
 def _told(turns: Sequence[Entry]) -> tuple[str | None, str]:

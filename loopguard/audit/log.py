@@ -249,7 +249,7 @@ class AuditLog:
                 prune.finish(folder, found.front)
             packing.clear(folder)
             _make_reserve(folder / RESERVE, reserve_mib)
-            self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
+            self._segment = _open_segment(_go_on_in(folder, found))
         self._durable = _Durable(self._head, self._segment.size)
         self._chance = random.Random()
         """Of this log alone: nobody's seed decides what it gives, and it changes nobody's random numbers."""
@@ -356,6 +356,8 @@ class AuditLog:
             if self._last_used:
                 raise AuditWriteError(f"{self._trouble}; the space kept free for a last record is used up")
             self._last_used = True
+            if self._compressor is not None:
+                self._compressor.close(within_s=0)  # it would take the space that is kept free for this record
             with _disk("write a last record"):
                 entry = self._write_last(fields)
         if self._mirror is not None:
@@ -407,10 +409,12 @@ class AuditLog:
         if self._lock_fd < 0:
             return
         try:
-            if not self.degraded:
-                self.sync()
-            if self._compressor is not None:
-                self._compressor.close()
+            try:
+                if not self.degraded:
+                    self.sync()
+            finally:
+                if self._compressor is not None:  # before the lock is given back, whatever comes in between
+                    self._compressor.close(within_s=packing.CLOSE_S)
             if not self.degraded:
                 self._say_left_raw()
                 if self._told > self._summed:
@@ -822,6 +826,16 @@ def _set_aside(folder: Path, found: _Found) -> None:
     assert found.path is not None
     _write_torn(folder, found.head.seq + 1, found.torn)
     _cut(found.path, found.torn_at)
+
+
+def _go_on_in(folder: Path, found: _Found) -> Path:
+    """The segment that the next record goes to."""
+    fresh = folder / read.segment_name(found.head.seq + 1)
+    if found.path is None or found.path.name == fresh.name or found.path.stat().st_size:
+        return found.path or fresh
+    # Begun by a rotation that failed, and then records before it were taken back: its name promises another record.
+    found.path.unlink()
+    return fresh
 
 
 def _write_torn(folder: Path, seq: int, data: bytes) -> None:

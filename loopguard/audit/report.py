@@ -579,6 +579,7 @@ class _View:
             ("contained", f"{contained:,}", ""),
             ("quarantined", f"{sum(sum(cycle.quarantined.values()) for cycle in cycles):,}", ""),
             ("freezes", f"{len(self.story.freezes):,}", "bad" if waiting else ""),
+            *([("pruned freezes", f"{gone:,}", "")] if (gone := self.story.pruned_freezes) else []),
             *([("foreseen freezes", f"{len(self.told.foreseen):,}", "")] if self.told.observed else []),
         ]
 
