@@ -67,6 +67,7 @@ _MOST_LEAVES = 1000
 _LOCK_TRIES = 10
 _LOCK_PAUSE_S = 0.03
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_BITS_48 = 2**48 - 1
 _in_order = itemgetter(*Entry._fields)
 _AT_ONCE = frozenset({"freeze.entered", "run.finished"})
 """Records that are summed up in a checkpoint right away."""
@@ -996,9 +997,9 @@ def _fields(
         "type": name,
         "body": told,
         "cycle": cycle,
-        "cause": plain(list(cause), place="cause") if cause else [],
+        "cause": tuple(plain(list(cause), place="cause")) if cause else (),
         "actor": by,
-        "redacted": redacted,
+        "redacted": tuple(redacted),
     }
 
 
@@ -1019,8 +1020,7 @@ def _refuse_if_too_large(line: bytes, fields: Mapping[str, Any]) -> None:
 
 def _entry(envelope: dict[str, Any], digest: str) -> Entry:
     envelope["hash"] = digest
-    *fields, cause, redacted = _in_order(envelope)
-    return Entry._make((*fields, tuple(cause), tuple(redacted)))
+    return Entry._make(_in_order(envelope))
 
 
 def _versions() -> dict[str, str]:
@@ -1038,6 +1038,11 @@ def _boot() -> str:
 
 def _uuid7(millis: int, micros: int, chance: int) -> str:
     """A UUID of version 7: milliseconds, then a fraction of one, then chance (62 bits). Sorts by time."""
-    fraction, variant = micros * 4096 // 1000, 0b10 << 14 | chance >> 48
-    time_hex = f"{millis >> 16 & 0xFFFFFFFF:08x}-{millis & 0xFFFF:04x}"
-    return f"{time_hex}-7{fraction:03x}-{variant:04x}-{chance & 0xFFFFFFFFFFFF:012x}"
+    parts = (
+        millis >> 16 & 0xFFFFFFFF,
+        millis & 0xFFFF,
+        micros * 4096 // 1000,
+        0b10 << 14 | chance >> 48,
+        chance & _BITS_48,
+    )
+    return "%08x-%04x-7%03x-%04x-%012x" % parts  # noqa: UP031 - a third faster, and every record has one
