@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 import uuid
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from loopguard.approvals import Approvals, book
 from loopguard.audit import read
-from loopguard.audit.events import Head, printable
+from loopguard.audit.events import MAX_DEPTH, Head, canonical, depth, printable
 from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
 from loopguard.errors import DiskError, LoopFrozen, UsageError
@@ -52,6 +53,10 @@ _NEXT = ("resume (rolls back, unless another disposition is asked for)", "read t
 _HALTED = "halted for good: "
 _MAX_REQUEST_BYTES = 64 * 1024
 """A larger file in `requests/` is none of ours. Escaped, so much still fits into a record."""
+_MOST_LEVELS = MAX_DEPTH // 2
+"""Of a request: what it asks people to sign is recorded as it came, also where it is no statement."""
+_MOST_CHARS = 2000
+"""Of the reason of a freeze: one that no record could hold would keep the freeze out of the log."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -483,7 +488,7 @@ class FreezeState:
         return freeze
 
     def _told_of(self, *, gate: str, rule: str, reason: str) -> dict[str, Any]:
-        body: dict[str, Any] = {"freeze": self._freeze, "gate": gate, "rule": rule, "reason": reason}
+        body: dict[str, Any] = {"freeze": self._freeze, "gate": gate, "rule": rule, "reason": _brief(reason)}
         return body | {
             "epoch": self._log.epoch,
             "signals": [],
@@ -526,7 +531,11 @@ def set_latch(run_dir: Path, *, freeze: str, reason: str) -> None:
     places = read.latches(run_dir)
     if any(latch.exists() for latch in places):
         return
-    body = {"freeze": freeze, "reason": clean(reason), "ts": datetime.now(UTC).isoformat(timespec="microseconds")}
+    body = {
+        "freeze": freeze,
+        "reason": _brief(clean(reason)),
+        "ts": datetime.now(UTC).isoformat(timespec="microseconds"),
+    }
     data = json.dumps(body, sort_keys=True).encode() + b"\n"
     for latch in places[:-1]:
         try:
@@ -598,9 +607,12 @@ def submit(
     """Leave a request for the process that owns the run. It appears whole or not at all, and is on disk after this.
 
     `way` is how a resume wants the run to go on, `statement` what it asks people to sign, `signature` an approval.
-    `commitments` is what is to be erased. Secrets in the reason do not reach the disk.
+    `commitments` is what is to be erased. Secrets in the reason do not reach the disk. Raises UsageError where there is
+    more to say than a request holds; a freeze is never refused for that, and says less.
     """
     by, reason = clean(by), clean(reason)
+    if kind == "freeze":
+        by, reason = _brief(by), _brief(reason)
     folder = run_dir / "requests"
     make_directory(folder)
     name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
@@ -613,8 +625,13 @@ def submit(
         body["signature"] = signature
     if commitments:
         body["commitments"] = list(commitments)
+    text = json.dumps(body, sort_keys=True) + "\n"
+    if len(text) > _MAX_REQUEST_BYTES:
+        raise UsageError(
+            f"the request to {kind} has {len(text):,} bytes, and {_MAX_REQUEST_BYTES:,} are read: give a shorter reason"
+        )
     partial = folder / f".{name}"
-    partial.write_text(json.dumps(body, sort_keys=True) + "\n", encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     descriptor = os.open(partial, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -731,9 +748,10 @@ def run_facts(run_dir: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read: {error}") from error
-    if not isinstance(facts, dict) or "id" not in facts:
-        raise UsageError(f"{path}: is not the description of a run; it has no id")
-    return facts
+    for name in ("id", "policy"):
+        if not isinstance(facts, dict) or not isinstance(facts.get(name), str):
+            raise UsageError(f"{path}: is not the description of a run; it has no {name}")
+    return dict(facts)
 
 
 def _told(turns: Sequence[Entry]) -> tuple[str | None, str]:
@@ -761,7 +779,7 @@ def _hold(cache: Mapping[str, Any], owner: int | None) -> str:
 
 def _cache(run_dir: Path) -> dict[str, Any]:
     try:
-        cache = json.loads((run_dir / "state.json").read_bytes())
+        cache = json.loads(_small(run_dir / "state.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return cache if isinstance(cache, dict) else {}
@@ -785,24 +803,43 @@ def _contradiction(run_dir: Path) -> str:
 def _read_latch(run_dir: Path) -> dict[str, str]:
     unreadable = {"freeze": "unrecorded", "reason": "the latch is set", "ts": ""}
     try:
-        latch = json.loads(next(place for place in read.latches(run_dir) if place.exists()).read_bytes())
+        latch = json.loads(_small(next(place for place in read.latches(run_dir) if place.exists())))
     except (StopIteration, OSError, ValueError, RecursionError):
         return unreadable
-    return unreadable | {k: str(v) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+    return unreadable | {k: _brief(str(v)) for k, v in latch.items()} if isinstance(latch, dict) else unreadable
+
+
+def _small(path: Path) -> bytes:
+    """What a file of the run directory says that anybody may have put there.
+
+    Raises OSError, and ValueError for what is too long or no file: a pipe would keep a loop from its gates for ever.
+    """
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{path} is no file")
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        data = file.read(_MAX_REQUEST_BYTES + 1)
+    if len(data) > _MAX_REQUEST_BYTES:
+        raise ValueError(f"{path} has more than {_MAX_REQUEST_BYTES:,} bytes")
+    return data
+
+
+def _brief(text: str) -> str:
+    if len(text) > _MOST_CHARS:
+        text = clean(text)  # first: of a secret that is cut nobody knows that it is one
+    return text if len(text) <= _MOST_CHARS else f"{text[: _MOST_CHARS - 3]}..."
 
 
 def _read_request(path: Path) -> Request | None:
     try:
-        if path.stat().st_size > _MAX_REQUEST_BYTES:
-            return None
-        body = json.loads(path.read_bytes())
+        body = json.loads(_small(path))
+        size = len(clean(canonical(body)))  # what stands for a secret may be longer than it was
         kind, by, reason, freeze = body["kind"], str(body["by"]), str(body["reason"]), body.get("freeze")
         statement, signature = body.get("statement"), body.get("signature")
         way = WayOn.read(body)
         commitments = tuple(map(str, body.get("commitments", ())))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if kind not in get_args(RequestKind):
+    if kind not in get_args(RequestKind) or size > _MAX_REQUEST_BYTES or depth(body) > _MOST_LEVELS:
         return None
     if kind == "erase" and not (by.strip() and reason.strip() and commitments):
         return None

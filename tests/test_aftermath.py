@@ -291,6 +291,13 @@ def test_a_refusal_is_safe_to_print(lab, capsys):
     assert capsys.readouterr().err == "not counted: \\u001b[2Jno (unreadable)\n"
 
 
+def test_a_trainer_knows_promoted_weights_by_their_promotion_alone():
+    """The decision before it may have been pruned."""
+    told = [("promotion.applied", {"actor": "v"}), ("snapshot.written", {"snapshot": "s", "promoted": True})]
+    standing = Standing.of(SimpleNamespace(type=kind, body=body) for kind, body in told)
+    assert (standing.known, standing.promoted) == ({"v"}, "v")
+
+
 def test_a_trainer_looks_for_what_was_accepted_in_no_snapshot():
     """It lies in a capsule; what a checkpoint is put back to is the snapshot of before."""
     told = [("model.attached", {"weights": "w"}), ("snapshot.restored", {"snapshot": "s", "because": "freeze f1"})]

@@ -703,6 +703,17 @@ class TestVerify:
         frozen.state.take_requests()
         assert (frozen.pending, frozen.codes()) == (None, ["malformed"])
 
+    @pytest.mark.parametrize("levels", [100, 300, 5000])
+    def test_a_statement_that_no_record_could_hold_is_set_aside(self, frozen, levels):
+        """It would be read again at each gate, and none could be passed any more."""
+        (frozen.path / "requests").mkdir(exist_ok=True)
+        statement = "[" * levels + "]" * levels
+        text = f'{{"kind": "resume", "by": "sam", "reason": "fine", "statement": {statement}}}'
+        (frozen.path / "requests" / "x.json").write_text(text)
+        frozen.state.take_requests()
+        assert (frozen.state.frozen, frozen.state.stirred()) == (True, False)
+        assert frozen.told("note.added")[-1].body["text"] == "x.json is not a request; set aside"
+
     def test_a_clock_that_is_behind_the_log_says_until_when(self, frozen):
         """Whoever asks at night has to know whether to wait for a minute or for a year."""
         frozen.ask()

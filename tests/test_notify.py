@@ -58,7 +58,9 @@ class Receiver:
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                body = self.rfile.read(int(self.headers["Content-Length"]))
+                size = int(self.headers["Content-Length"])
+                if len(body := self.rfile.read(size)) < size:
+                    return  # whoever posted was killed in the middle of it
                 with receiver._came:
                     receiver.got.append((self.path, {k.lower(): v for k, v in self.headers.items()}, body))
                     status = receiver.answers.pop(0) if receiver.answers else 204

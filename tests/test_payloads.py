@@ -344,6 +344,24 @@ class TestBundle:
             "import secret_of_dana"
         )
 
+    def test_has_none_that_is_erased_and_that_a_crash_left(self, lab, monkeypatch):
+        """Nor does its report quote one: whoever unpacks it is not the next start."""
+        with lab.station() as station:
+            station.run(a_call("import secret_of_dana"))
+            station.run(a_call())
+        with monkeypatch.context() as patch:
+            patch.setattr(blobs, "delete", lambda *_: None)
+            commitment = lab.body("tool.decided")[0]["code"]["commitment"]
+            command("erase", lab.run_dir, commitment, "--by", "dana", "--reason", "r", code=1)
+        out = lab.home / "out.tar.gz"
+        made = bundle(lab.run_dir, out=out)
+        assert made.payloads == 2
+        with tarfile.open(out) as tar:
+            tar.extractall(lab.home / "unpacked", filter="data")
+        assert holding(lab.run_dir, b"secret_of_dana")
+        assert not holding(lab.home / "unpacked", b"secret_of_dana")
+        assert verify(lab.home / "unpacked" / "loopguard-bundle" / "run").code == 20
+
     def test_without_them_quotes_none_and_says_how_to_check_it(self, lab):
         made, home = self.packed(lab, without_payloads=True)
         assert made.payloads == 0

@@ -23,7 +23,15 @@ from loopguard.audit.verify import verify
 from loopguard.cli.app import _main
 from loopguard.controller import prune as pruning
 from loopguard.controller.observe import Observer
-from loopguard.errors import AuditTamperedError, AuditWriteError, LoopFrozen, RunBusyError, UsageError
+from loopguard.errors import (
+    AuditTamperedError,
+    AuditWriteError,
+    LoopFrozen,
+    PolicyMismatchError,
+    RunBusyError,
+    UsageError,
+)
+from loopguard.policy.load import load
 from loopguard.state import run_facts, set_latch, standing, submit
 
 torch.set_num_threads(1)
@@ -116,6 +124,64 @@ def test_what_a_kept_snapshot_is_vouched_for_by_stays(lab):
     assert _main(["rollback", str(lab.run_dir), "--by", "dana", "--reason", "try the one before"]) == 0
 
 
+def test_a_freeze_that_may_yet_halt_the_run_stays(tmp_path):
+    """Whoever prunes does not give the run its budget of freezes back."""
+    lab = Lab(tmp_path)
+    lab.policy.write_text(
+        POLICY.replace("when_frozen: raise", "when_frozen: raise, halt_above: {freezes: 1, cycles: 7}")
+    )
+    with lab.build(lab.open()) as guard, pytest.raises(LoopFrozen):
+        lab.update(next(iter(guard.cycles(9))), factor=float("nan"))
+    assert (
+        _main(["resume", str(lab.run_dir), "--by", "dana", "--reason", "bad shard", "--disposition", "rollback"]) == 0
+    )
+    (frozen,) = (entry.seq for entry in lab.events("freeze.entered"))
+    for cycles, kept in ((6, True), (9, False)):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, cycles)
+        plan = without_snapshots(lab.run_dir, tmp_path / f"at-{cycles}")
+        assert (plan.records < frozen) == kept
+        assert ("f1 still counts for freeze.halt_above" in plan.held) == kept
+
+
+def without_snapshots(run_dir, copy):
+    """What may go where no snapshot keeps what stands before it."""
+    shutil.copytree(run_dir, copy)
+    shutil.rmtree(copy / "snapshots")
+    split(copy, 3)
+    (plan,) = pruning.plan(copy, before=CUT, now=LATER)
+    return plan
+
+
+def saved(lab, checkpoint):
+    """Where a framework's checkpoint is recorded, in front of two more starts, and what may go behind them."""
+    facts = run_facts(lab.run_dir)
+    with AuditLog.open(lab.run_dir, run_id=facts["id"], policy=facts["policy"]) as log:
+        log.append("checkpoint.saved", {"checkpoint": checkpoint, "update": 1, "weights": "0" * 64, "state": "0" * 64})
+        seq = log.head.seq
+    for cycles in (9, 10):
+        with lab.open() as guard:
+            lab.build(guard)
+            lab.run(guard, cycles)
+    return seq, without_snapshots(lab.run_dir, lab.run_dir.with_name("copy"))
+
+
+@pytest.mark.parametrize(
+    "checkpoint", ["out/checkpoint-2", f"/ghp_{'a' * 36}/checkpoint-2"], ids=["relative", "secret"]
+)
+def test_a_checkpoint_that_cannot_be_looked_for_counts_as_there(lab, checkpoint):
+    """By its name alone, from another folder than that of the loop, or with a secret in it, nobody finds it."""
+    seq, plan = saved(lab, checkpoint)
+    assert plan.body["through"] < seq
+    assert f"record {seq} stays: the checkpoint" in plan.held
+
+
+def test_a_checkpoint_that_is_gone_keeps_nothing(lab, tmp_path):
+    seq, plan = saved(lab, str(tmp_path / "checkpoint-2"))
+    assert plan.body["through"] >= seq
+
+
 def test_a_run_that_is_frozen_keeps_its_front(lab):
     assert _main(["freeze", str(lab.run_dir), "--by", "dana", "--reason", "odd"]) == 0
     with pytest.raises(LoopFrozen, match="not pruned before somebody resumed"):
@@ -191,6 +257,26 @@ def test_an_edited_guard_policy_prunes_nothing(lab):
     (path,) = (lab.run_dir / "policy").iterdir()
     path.write_text(POLICY + "audit: {retain_days: 1}\n")
     assert _main(["audit", "prune", str(lab.run_dir), "--keep-days", "400", "--by", "d", "--reason", "r"]) == 3
+
+
+def test_a_guard_policy_that_the_log_does_not_name_says_nothing_of_what_is_kept(lab):
+    """It lies in the run directory, and `run.json` names it: somebody put both there."""
+    other = lab.run_dir / "policy" / "other.yaml"
+    other.write_text(POLICY + "audit: {retain_days: 1}\n")
+    digest = load(other).digest
+    other.rename(other.with_name(f"{digest}.yaml"))
+    facts = run_facts(lab.run_dir)
+    (lab.run_dir / "run.json").write_text(json.dumps(facts | {"policy": digest}))
+    with pytest.raises(PolicyMismatchError, match="somebody edited it"):
+        prune(lab.run_dir)
+
+
+@pytest.mark.parametrize("policy", [{}, {"policy": None}])
+def test_a_run_that_names_no_guard_policy_is_none(lab, policy, capsys):
+    facts = {"id": run_facts(lab.run_dir)["id"]}
+    (lab.run_dir / "run.json").write_text(json.dumps(facts | policy))
+    assert _main(["audit", "prune", str(lab.run_dir), "--keep-days", "400", "--by", "d", "--reason", "r"]) == 2
+    assert "is not the description of a run; it has no policy" in capsys.readouterr().err
 
 
 def test_a_log_with_findings_is_evidence_and_stays(lab):
@@ -335,11 +421,18 @@ class TestCommand:
         assert read.last(long_ago.run_dir).seq == head
 
     @pytest.mark.parametrize(
+        "words", [("--before", "0026-01-31"), ("--before", "0999-12-31"), ("--keep-days", 739_000)]
+    )
+    def test_a_year_of_few_digits_is_long_ago_and_not_behind_this_century(self, long_ago, words):
+        assert self.ask(long_ago, *words, "--dry-run") == 1
+
+    @pytest.mark.parametrize(
         ("words", "said"),
         [
             ([], "either --keep-days N or --before DATE"),
             (["--keep-days", 400, "--before", "2020-01-01"], "either --keep-days N or --before DATE"),
             (["--before", "soon"], "--before 'soon' is no date"),
+            (["--before", "0001-01-01T00:00+14:00"], "is no date"),
             (["--keep-days", 30], "audit.retain_days"),
             (["--keep-days", 10**9], "beginning of all times"),
         ],

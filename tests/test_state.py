@@ -1,6 +1,7 @@
 """The freeze state: stopping is cheap, going on is dear, and nothing in between is lost."""
 
 import json
+import os
 
 import pytest
 
@@ -17,6 +18,19 @@ DECISION = Decision(
     reason="loss is nan",
     signals=(Signal(level="trip", monitor="bounds", metric="loss", value=float("nan"), at=7),),
 )
+
+
+def put(path, kind):
+    """Something that is no file, of which reading would never end, or which is elsewhere."""
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "link":
+            path.symlink_to(path.parent / "elsewhere")
 
 
 class Run:
@@ -81,6 +95,34 @@ def test_a_latch_whose_record_was_never_written_becomes_a_freeze_at_the_next_sta
     assert run.open().reason == "killed in between"
     assert run.types() == ["freeze.entered"]
     assert standing(run.path).acknowledged
+
+
+def test_a_latch_says_no_more_than_a_record_holds(run):
+    """Somebody may have written it by hand, and of a password that is taken out more is left than it was."""
+    run.open()
+    run.crash()
+    (run.path / "latch").write_text(json.dumps({"freeze": "x", "reason": "://a:bb@" * 8000, "ts": ""}))
+    assert run.open().frozen
+    assert run.types() == ["freeze.entered"]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_a_latch_that_is_no_file_freezes_all_the_same(run, kind):
+    run.open()
+    run.crash()
+    put(run.path / "latch", kind)
+    assert standing(run.path).reason == "the latch is set"
+    assert run.open().frozen
+
+
+def test_a_freeze_is_recorded_whatever_the_monitor_that_failed_had_to_say(run):
+    state = run.open()
+    token = "ghp_" + "a1B2c3D4e5F6g7H8i9J0"
+    reason = f"{'x ' * 993}{token}{'x' * 300_000}"
+    state.freeze(Decision(result="freeze", gate="update", rule="r", reason=reason), cycle=1, facts={})
+    (entry,) = read.entries(run.path, types=("freeze.entered",))
+    assert len(entry.body["reason"]) < 2100
+    assert "ghp" not in entry.body["reason"]
 
 
 def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
@@ -214,7 +256,14 @@ class TestRequests:
         assert list(state.requests()) == []
         assert (run.path / "requests" / "done" / "x.json").exists()
 
-    @pytest.mark.parametrize("content", ["[" * 50_000, '{"kind": "note", "by": "x", "reason": "' + "ä" * 40_000 + '"}'])
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "[" * 50_000,
+            *('{"kind": "note", "by": "x", "reason": "' + text + '"}' for text in ("ä" * 40_000, "://:b@" * 10_900)),
+        ],
+        ids=["nested", "long", "secrets"],
+    )
     def test_what_nobody_could_record_is_set_aside_and_said(self, run, content):
         """A hostile file must not keep a loop from its gates."""
         state = run.open()
@@ -223,10 +272,37 @@ class TestRequests:
         assert list(state.requests()) == []
         assert not state.stirred()
 
+    @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "link"])
+    def test_what_is_no_file_is_set_aside_and_not_waited_for(self, run, kind):
+        state = run.open()
+        (run.path / "requests").mkdir()
+        put(run.path / "requests" / "x.json", kind)
+        assert list(state.requests()) == []
+        assert not state.stirred()
+
     def test_the_largest_request_fits_into_a_record(self, run):
         state = run.open()
         submit(run.path, "note", by="dana", reason="ä" * 10_000)
         assert [r.reason for r in state.requests()] == ["ä" * 10_000]
+
+    @pytest.mark.parametrize("kind", ["resume", "erase", "note"])
+    def test_one_that_nobody_would_read_is_refused_to_whoever_makes_it(self, run, kind):
+        run.open()
+        with pytest.raises(UsageError, match=f"request to {kind} has .* bytes, and 65,536 are read"):
+            submit(run.path, kind, by="dana", reason="x" * 70_000, commitments=["0" * 64])
+        assert list((run.path / "requests").iterdir()) == []
+
+    def test_a_freeze_is_never_refused_for_what_there_is_to_say(self, run):
+        """No record holds so many characters beyond the basic plane, and a freeze without one would never end."""
+        reason = "\U0001f600" * 40_000
+        submit(run.path, "freeze", by="dana", reason=reason)
+        set_latch(run.path, freeze="requested", reason=reason)
+        state = run.open()
+        state.take_requests()
+        assert state.frozen
+        submit(run.path, "resume", by="dana", reason="false alarm", freeze="f1")
+        state.take_requests()
+        assert not state.frozen
 
     def test_without_a_living_loop_they_are_settled_by_whoever_takes_the_lock(self, run):
         submit(run.path, "freeze", by="dana", reason="looks wrong")

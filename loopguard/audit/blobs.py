@@ -13,6 +13,7 @@ of a blob in a bundle, a backup or a snapshot of the file system, and what a dis
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -25,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from loopguard.audit import read
 from loopguard.audit.events import printable
-from loopguard.errors import UsageError
+from loopguard.errors import AuditTamperedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,8 @@ AT_ONCE = 1000
 """How many commitments a record names at most."""
 
 _COMMITMENT = re.compile(r"[0-9a-f]{64}")
+_GONE = (FileNotFoundError, NotADirectoryError)
+"""What the system says of a blob that is not there, also where something else stands in the place of its folder."""
 _SIZES = range(2**53)
 _HEAD_BYTES = len(MAGIC) + SALT_BYTES
 
@@ -94,16 +97,22 @@ def _opened(path: Path) -> BufferedReader | None:
 class Reader:
     """What the payloads of one stream say, for people. Each is checked before it is shown."""
 
-    def __init__(self, run_dir: Path, stream: str = read.CONTROLLER) -> None:
-        self._run_dir, self._stream = run_dir, stream
+    def __init__(self, run_dir: Path, stream: str = read.CONTROLLER, *, handed_on: bool = False) -> None:
+        """For text that is `handed_on`, a payload that is erased and still there is read no more.
+
+        Who looks at a run is spared that: it takes a look at the whole log.
+        """
+        self._run_dir, self._stream, self._handed_on = run_dir, stream, handed_on
         self._dir = read.stream_dir(run_dir, stream)
         self._erased: set[str] | None = None
 
     def text(self, commitment: str, *, most: int) -> str:
         """So many characters of a payload, or in brackets why there are none. Not safe to print: strangers wrote it."""
+        if self._handed_on and commitment in self._erasures():
+            return "(erased)"
         try:
             file = _opened(path_of(self._dir, commitment))
-        except FileNotFoundError:
+        except _GONE:
             return "(erased)" if commitment in self._erasures() else "(gone, and not erased by any record)"
         except OSError as error:
             return f"(cannot be read: {error.strerror})"
@@ -119,9 +128,17 @@ class Reader:
 
     def _erasures(self) -> set[str]:
         if self._erased is None:
-            records = read.entries(self._run_dir, self._stream, types=("blob.erased",))
-            self._erased = {one for entry in records for one in erased_by(entry.body)}
+            self._erased = erasures(self._run_dir, self._stream)
         return self._erased
+
+
+def erasures(run_dir: Path, stream: str) -> set[str]:
+    """The payloads that a stream says are erased, as far as it was not altered."""
+    erased: set[str] = set()
+    with contextlib.suppress(AuditTamperedError):
+        for entry in read.entries(run_dir, stream, types=("blob.erased",)):
+            erased.update(erased_by(entry.body))
+    return erased
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,13 +242,24 @@ def _sync(folder: Path) -> None:
 
 
 def delete(stream_dir: Path, commitments: Iterable[str]) -> None:
-    """Delete blobs, and return when that is on disk. Those that are gone are fine. Raises OSError."""
+    """Delete blobs, and return when that is on disk. Those that are gone are fine.
+
+    Raises OSError, once every other one is gone.
+    """
     paths = [path_of(stream_dir, commitment) for commitment in commitments]
+    trouble: OSError | None = None
     for path in paths:
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink()
+        except _GONE:
+            continue
+        except OSError as error:
+            trouble = trouble or error
     for folder in sorted({path.parent for path in paths}):
         if folder.is_dir():
             _sync(folder)
+    if trouble is not None:
+        raise trouble
 
 
 class Shelf:
@@ -244,27 +272,24 @@ class Shelf:
     def __init__(self, stream_dir: Path) -> None:
         """Raises OSError."""
         self._dir = stream_dir
-        self._unnamed = set(_there(stream_dir))
+        self.unnamed = set(_there(stream_dir))
+        """What is there and named by no record."""
         self.erased: set[str] = set()
         """What some record says is erased."""
-        self._leftover: list[str] = []
+        self.leftover: list[str] = []
+        """What is there although some record says that it is erased: a process died, or the disk refused."""
 
     def feed(self, entry: Entry) -> None:
         """Take in the next record."""
         if entry.type in MEMBERS:
             for one in named(entry):
-                self._unnamed.discard(one.commitment)
+                self.unnamed.discard(one.commitment)
         elif entry.type == "blob.erased":
             commitments = set(erased_by(entry.body))
             self.erased |= commitments
             # Erasing and dropping is the same to whoever deletes; but this one is recorded already.
-            self._leftover += [one for one in commitments if os.path.lexists(path_of(self._dir, one))]
-            self._unnamed -= commitments
-
-    def finish(self) -> list[str]:
-        """Delete what was to be erased when a process died; gives the blobs that no record names. Raises OSError."""
-        delete(self._dir, self._leftover)
-        return sorted(self._unnamed)
+            self.leftover += [one for one in commitments if os.path.lexists(path_of(self._dir, one))]
+            self.unnamed -= commitments
 
 
 def erased_by(body: Mapping[str, Any]) -> list[str]:
@@ -280,7 +305,7 @@ def _there(stream_dir: Path) -> Iterator[str]:
         return
     for folder in sorted(home.iterdir()):
         if folder.is_dir():
-            names = (path.name for path in folder.iterdir())
+            names = (path.name for path in folder.iterdir() if path.is_symlink() or not path.is_dir())
             yield from (name for name in names if is_commitment(name) and name[:2] == folder.name)
 
 
@@ -332,7 +357,7 @@ class Check:
         path = path_of(self._dir, one.commitment)
         try:
             file = _opened(path)
-        except FileNotFoundError:
+        except _GONE:
             self._gone[one.commitment] = f"{place}: record {entry.seq}: what it names as {one.member}"
             return
         if file is None:

@@ -209,12 +209,13 @@ def _evidence(run_dir: Path) -> Iterator[Path]:
 
 
 def _apart(run_dir: Path) -> Iterator[Path]:
-    """The payloads that lie apart from the log. Raises UsageError at a link."""
+    """The payloads that lie apart from the log, without erased ones that a crash left. Raises UsageError at a link."""
     for name in read.streams(run_dir):
         home = read.stream_dir(run_dir, name) / blobs.FOLDER
         found = blobs.paths(home.parent)
         _refuse_links([home, *sorted({path.parent for path in found}), *found])
-        yield from (path for path in found if path.is_file())
+        erased = blobs.erasures(run_dir, name)
+        yield from (path for path in found if path.is_file() and path.name not in erased)
 
 
 def _files(folder: Path, patterns: Sequence[str]) -> Iterator[Path]:

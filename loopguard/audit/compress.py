@@ -20,7 +20,7 @@ from loopguard.audit import segments
 from loopguard.audit.segments import DamagedSegmentError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 CLOSE_S = 10.0
@@ -28,13 +28,16 @@ CLOSE_S = 10.0
 
 _BLOCK_BYTES = 256 * 1024
 _LEVEL = 6
+_MOST_TOLD = 1000
+"""Names of segments in one record; more would not fit into it."""
 
 
 class Compressor:
     """Compresses the closed segments of one stream, one after the other, in a thread of its own.
 
-    One lives as long as the log is open. The thread is there only while there is something to do; where the process
-    ends without closing the log, the next one begins the segment anew.
+    One lives as long as the log is open, and no longer: two of them at one segment could lose it. The thread is there
+    only while there is something to do; where the process ends without closing the log, the next one begins the segment
+    anew.
     """
 
     def __init__(self) -> None:
@@ -51,8 +54,14 @@ class Compressor:
         with self._lock:
             self._waiting.extend(paths)
             if self._waiting and self._thread is None and self._until is None:
-                self._thread = threading.Thread(target=self._work, name="loopguard-compress", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, name="loopguard-compress", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # at the limit of threads, or while the interpreter ends
+                    self._leave(self._waiting, str(error))
+                    self._waiting.clear()
+                else:
+                    self._thread = thread
 
     def wait(self) -> None:
         """Return once nothing is left to do."""
@@ -64,16 +73,21 @@ class Compressor:
                 return  # something that nobody foresaw ended it, and was printed
 
     def left_raw(self) -> tuple[list[str], str]:
-        """The segments that could not be compressed since somebody asked last, and why the first of them could not."""
+        """Segments that could not be compressed and that nobody was told of yet, and why one of them could not."""
         with self._lock:
-            told = self._left, self._reason
-            self._left, self._reason = [], ""
-            return told
+            told, self._left = self._left[:_MOST_TOLD], self._left[_MOST_TOLD:]
+            reason, self._reason = self._reason, self._reason if self._left else ""
+            return told, reason
 
-    def close(self) -> None:
+    def close(self, *, within_s: float) -> None:
         """Wait for what is left to do, for some seconds; then stop, and leave the rest as it is."""
-        self._until = time.monotonic() + CLOSE_S
-        self.wait()
+        self._until = time.monotonic() + within_s
+        try:
+            self.wait()
+        except BaseException:  # a Ctrl-C: whoever is in a hurry does not wait, and what runs still has to end
+            self._until = time.monotonic()
+            self.wait()
+            raise
 
     def _work(self) -> None:
         while True:
@@ -86,11 +100,14 @@ class Compressor:
                 compress(path, stop=self._late)
             except (OSError, DamagedSegmentError) as error:
                 with self._lock:
-                    self._left.append(path.name)
-                    self._reason = self._reason or str(getattr(error, "strerror", None) or error)
+                    self._leave([path], str(getattr(error, "strerror", None) or error))
+
+    def _leave(self, paths: Iterable[Path], reason: str) -> None:
+        self._left += [path.name for path in paths]
+        self._reason = self._reason or reason
 
     def _late(self) -> bool:
-        return self._until is not None and time.monotonic() > self._until
+        return self._until is not None and time.monotonic() >= self._until
 
 
 def compress(path: Path, *, stop: Callable[[], bool] = lambda: False) -> bool:

@@ -115,6 +115,10 @@ _HASH_MEMBER = b',"hash":"'
 _HEX64 = re.compile(r"[0-9a-f]{64}")
 _TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", re.ASCII)
 _SAFE_INT = 2**53
+_UNSEEN = re.compile(
+    r"[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
+"""Fillers, joiners and variation selectors: nobody sees them, and Python calls them printable."""
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -408,8 +412,9 @@ def is_digest(text: str) -> bool:
 
 def printable(text: str) -> str:
     """Text of strangers made safe to show: control, bidirectional and invisible characters become visible escapes."""
-    if text.isprintable():
+    if text.isascii() and text.isprintable():
         return text
+    text = _UNSEEN.sub(lambda match: _escaped(match.group()), text)
     return "".join(char if char.isprintable() else _escaped(char) for char in text)
 
 

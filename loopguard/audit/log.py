@@ -250,7 +250,7 @@ class AuditLog:
                 prune.finish(folder, found.front)
             packing.clear(folder)
             _make_reserve(folder / RESERVE, reserve_mib)
-            self._segment = _open_segment(found.path or folder / read.segment_name(found.head.seq + 1))
+            self._segment = _open_segment(_go_on_in(folder, found))
         self._durable = _Durable(self._head, self._segment.size)
         self._chance = random.Random()
         """Of this log alone: nobody's seed decides what it gives, and it changes nobody's random numbers."""
@@ -263,6 +263,7 @@ class AuditLog:
             self._drop_unnamed(found.unnamed)
             opened = {"pid": os.getpid(), "versions": _versions()}
             self.append("log.opened", opened | ({"key": str(key.public)} if key else {}))
+            self._delete_erased(found.leftover)
         except BaseException:
             os.close(self._segment.fd)
             raise
@@ -356,6 +357,8 @@ class AuditLog:
             if self._last_used:
                 raise AuditWriteError(f"{self._trouble}; the space kept free for a last record is used up")
             self._last_used = True
+            if self._compressor is not None:
+                self._compressor.close(within_s=0)  # it would take the space that is kept free for this record
             with _disk("write a last record"):
                 entry = self._write_last(fields)
         if self._mirror is not None:
@@ -386,12 +389,16 @@ class AuditLog:
             body = {"by": by, "reason": reason, "commitments": part}
             self.append("blob.erased", body, actor={"kind": "person", "id": by})
             self._erased.update(part)
-            try:
-                blobs.delete(self._folder, part)
-            except OSError as error:
-                text = f"payloads that were erased cannot be deleted yet: {error.strerror} ({error.filename})"
-                self.append("note.added", {"by": "loopguard", "text": text})
+            self._delete_erased(part)
         return fresh
+
+    def _delete_erased(self, commitments: Sequence[str]) -> None:
+        """Delete payloads that a record says are erased, or say why that has to wait: it stops nothing."""
+        try:
+            blobs.delete(self._folder, commitments)
+        except OSError as error:
+            text = f"payloads that were erased cannot be deleted yet: {error.strerror} ({error.filename})"
+            self.append("note.added", {"by": "loopguard", "text": text})
 
     def sync(self) -> None:
         """Return once everything appended so far is on disk. Callers at the same time share one sync."""
@@ -403,10 +410,12 @@ class AuditLog:
         if self._lock_fd < 0:
             return
         try:
-            if not self.degraded:
-                self.sync()
-            if self._compressor is not None:
-                self._compressor.close()
+            try:
+                if not self.degraded:
+                    self.sync()
+            finally:
+                if self._compressor is not None:  # before the lock is given back, whatever comes in between
+                    self._compressor.close(within_s=packing.CLOSE_S)
             if not self.degraded:
                 self._say_left_raw()
                 if self._told > self._summed:
@@ -718,6 +727,8 @@ class _Found:
     """Payloads that a record says are erased."""
     unnamed: list[str] = field(default_factory=list)
     """Payloads beside the log that no record names."""
+    leftover: list[str] = field(default_factory=list)
+    """Payloads beside the log that a record says are erased."""
 
 
 def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
@@ -759,7 +770,7 @@ def _scan(run_dir: Path, stream: str, log: str, *, strict: bool) -> _Found:
         tail = f"the log ends at record {chain.head.seq}: the tail was cut. `loopguard audit verify` says more"
         raise AuditTamperedError(f"{summed[max(summed)]} was written when there were {max(summed)} records; {tail}")
     if strict:  # of an altered log nobody knows what its lost records named
-        found.unnamed = shelf.finish()
+        found.unnamed, found.leftover = sorted(shelf.unnamed), shelf.leftover
     return found
 
 
@@ -816,6 +827,16 @@ def _set_aside(folder: Path, found: _Found) -> None:
     assert found.path is not None
     _write_torn(folder, found.head.seq + 1, found.torn)
     _cut(found.path, found.torn_at)
+
+
+def _go_on_in(folder: Path, found: _Found) -> Path:
+    """The segment that the next record goes to."""
+    fresh = folder / read.segment_name(found.head.seq + 1)
+    if found.path is None or found.path.name == fresh.name or found.path.stat().st_size:
+        return found.path or fresh
+    # Begun by a rotation that failed, and then records before it were taken back: its name promises another record.
+    found.path.unlink()
+    return fresh
 
 
 def _write_torn(folder: Path, seq: int, data: bytes) -> None:

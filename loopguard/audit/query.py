@@ -5,6 +5,7 @@ Reads once from front to back and keeps counts, not records. Whether the log can
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shlex
 from collections import Counter
@@ -13,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loopguard.audit import read
+from loopguard.audit import pruned, read
 from loopguard.audit.events import number, printable
 from loopguard.consent.book import Book
 from loopguard.errors import UsageError
@@ -122,6 +123,8 @@ class Story:
         self.last: Entry | None = None
         self.cycles: list[CycleTold] = []
         self.freezes: list[Freeze] = []
+        self._pruned = 0
+        """Freezes among the records that were pruned, by what the log says of them."""
         self.book = Book()
         """Whose approvals a resume takes, and what waits for them."""
         self._ended = ""
@@ -141,6 +144,18 @@ class Story:
         return self.freezes[-1] if self.freezes and self.freezes[-1].resumed is None else None
 
     @property
+    def pruned_freezes(self) -> int:
+        """How many freezes there were in records that are gone."""
+        return self._pruned if self.first is not None and self.first.seq > 1 else 0
+
+    @property
+    def unfrozen(self) -> str:
+        """What a run did of which the log tells no freeze."""
+        count = self.pruned_freezes
+        times = "once" if count == 1 else f"{count:,} times"
+        return f"froze {times} in records that were pruned, and not since" if count else "has never frozen"
+
+    @property
     def state(self) -> str:
         """`frozen`, `halted`, `finished`, `interrupted` or `running`, which also a log says that ends in the middle."""
         if self.frozen is not None:
@@ -158,6 +173,9 @@ class Story:
         match entry.type:
             case "policy.loaded":
                 self.policy_name = str(body.get("name", ""))
+            case pruned.RECORD:
+                with contextlib.suppress(pruned.BadPrunedError):
+                    self._pruned = pruned.Pruned.of(entry).state.freezes
             case "run.started":
                 self._ended = ""
                 command = body.get("command")
@@ -318,7 +336,7 @@ def _find(told: Story, freeze_id: str | None, run_dir: Path) -> Freeze:
         look = f"`loopguard status {shlex.quote(str(run_dir))}` says what the latch holds"
         raise UsageError(f"{run_dir} is latched, and no process has recorded the freeze yet: {look}")
     if not found:
-        raise UsageError(f"{run_dir} has never frozen: its log holds no freeze to explain")
+        raise UsageError(f"{run_dir} {told.unfrozen}: its log holds no freeze to explain")
     if freeze_id is None:
         return found[-1]
     for freeze in found:

@@ -49,8 +49,16 @@ class Shape:
         return any(anchor in (low if self.any_case else text) for anchor in self.anchors)
 
 
+_ESCAPED = (
+    r"(?<=\\[abfnrtv0])|(?<=\\x[\dA-Fa-f]{2})|(?<=\\u[\dA-Fa-f]{4})"  # a line break in quoted text
+    r"|(?<=%[\dA-Fa-f]{2})"  # an equals sign in an address
+    r"|(?<=[\d\[;]m)"  # a colour
+)
+"""Behind these something begins anew, although a letter or a digit stands before it."""
+
+
 def _token(name: str, *anchors: str, pattern: str) -> Shape:
-    return Shape(name, anchors, re.compile(rf"(?<![A-Za-z0-9])(?:{pattern})"))
+    return Shape(name, anchors, re.compile(rf"(?:(?<![A-Za-z0-9])|{_ESCAPED})(?:{pattern})", re.ASCII))
 
 
 _KEY_WORDS = (
@@ -61,22 +69,30 @@ _KEY_WORDS = (
 """A name that ends in one of these names a secret."""
 
 _HOLLOW = re.compile(
-    r"\{.*\}|<.*>|\[.*\]|\$\{?\w+\}?|\$\(.*|%s|%\(\w+\)s|[*.x•_-]+|none|null|nil|true|false|undefined|str|string|bytes",
+    r"\{.*\}|<.*>|\[.*\]|\$\{?\w+\}?|\$\(.*|%s|%\(\w+\)s|[*.x•_-]+|none|null|nil|true|false|undefined|str|string|bytes"
+    r"|include|omit|same-origin",
     re.IGNORECASE,
 )
 """A value that stands for one: a place to be filled in, a variable, a type, something that is blacked out already."""
 _DOTTED = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|[A-Za-z_]+")
 _FLAG = re.compile(r"(?:^|[\s\"'`(,=])--?(?:[A-Za-z][\w-]*[-_])?$")
 _FLAG_BACK = 40
-_VALUES = ("escaped", "double", "single", "bare")
+_LINE_BACK = 200
+_VALUES = ("escaped", "escaped_single", "double", "single", "bare")
 
+# Only before a quote: what ends in an equals sign elsewhere is base64.
+_TYPE = r"[A-Za-z_][\w.\[\]]{0,40}"
 _ASSIGNED = re.compile(
-    rf"""(?P<name>{_KEY_WORDS}|(?P<weak>token))(?:\\?["'])?\]?
-    (?: \s{{0,4}} (?: :[ ]{{0,2}}[A-Za-z_][\w.|\[\]]{{0,40}}[ ]{{0,2}}= | :=|=>|[=!]?={{1,2}}|: ) \s{{0,4}}
+    rf"""(?P<name>{_KEY_WORDS}|(?P<weak>token))(?:\\{{0,7}}["'])?\]?
+    (?: (?: \s{{0,4}}|[ \t]{{5,40}} )
+        (?: :[ ]{{0,2}}{_TYPE}(?:[ ]?\|[ ]?{_TYPE}){{0,3}}[ ]{{0,40}}=(?=[ ]{{0,4}}[rbfu]{{0,2}}["'])
+          | :=|=>|[=!]?={{1,2}}|: )
+        (?: \s{{0,4}}|[ \t]{{5,40}} )
       | (?P<blank>[ \t]{{1,4}}) )
-    (?: [rbfu]{{0,2}} (?: \\"(?P<escaped>[^"\\\n]{{1,4096}})
-                        | "(?P<double>(?:[^"\\\n]|\\.){{1,4096}})
-                        | '(?P<single>(?:[^'\\\n]|\\.){{1,4096}}) )
+    (?: [rbfu]{{0,2}} (?: \\{{1,7}}"(?P<escaped>[^"\\\n]{{1,4096}})
+                        | \\{{1,7}}'(?P<escaped_single>[^'\\\n]{{1,4096}})
+                        | (?:\"\"\"|")(?P<double>(?:[^"\\\n]|\\.){{1,4096}})
+                        | (?:\'\'\'|')(?P<single>(?:[^'\\\n]|\\.){{1,4096}}) )
       | (?P<bare>[^\s"'`,;&|<>(){{}}\[\]\\]{{1,512}}) )""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -92,7 +108,7 @@ def _assigned(match: re.Match[str]) -> bool:
     if _HOLLOW.fullmatch(value) or (match["weak"] and not is_flag and not _random(value)):
         return False
     if quoted is not None:
-        return match["blank"] is None or is_flag
+        return (match["blank"] is None and not _ends_a_text(match)) or is_flag
     if is_flag:
         return not value.startswith(("-", "$"))
     if match["blank"] is not None or value.startswith("$") or (match["name"].lower() == "pwd" and value[0] in "/~."):
@@ -100,6 +116,16 @@ def _assigned(match: re.Match[str]) -> bool:
     if match["name"].isupper() and text[match.start("bare") - 1] == "=":
         return len(value) >= 3  # as in the environment of a process
     return len(value) >= 5 and not _DOTTED.fullmatch(value)
+
+
+def _ends_a_text(match: re.Match[str]) -> bool:
+    """Whether the quote behind a name ends what the name itself stands in, as in `input("password: ")`."""
+    text, at = match.string, max(match.start("double"), match.start("single"))
+    if at < 0 or text[at] not in "),;.]}+% ":
+        return False
+    begin = max(0, at - 1 - _LINE_BACK)
+    line = text[max(begin, text.rfind("\n", begin, at - 1) + 1) : at - 1]
+    return len(line) < _LINE_BACK and line.count(text[at - 1]) % 2 == 1
 
 
 def _random(text: str) -> bool:
@@ -151,7 +177,7 @@ SHAPES: tuple[Shape, ...] = (
     _token("pypi token", "pypi-", pattern=r"pypi-AgE[\w-]{32,1024}"),
     _token("sendgrid key", "SG.", pattern=r"SG\.[\w-]{16,64}\.[\w-]{16,64}"),
     _token("age key", "AGE-SECRET-KEY-", pattern=r"AGE-SECRET-KEY-1[0-9A-Z]{50,64}"),
-    _token("jwt", "eyJ", pattern=r"eyJ[\w-]{8,1024}\.eyJ[\w-]{8,8192}\.[\w-]{0,2048}"),
+    _token("jwt", "eyJ", pattern=r"eyJ[\w-]{8,1024}\.eyJ[\w-]{8,8192}(?:\.[\w-]{0,2048})?"),
     Shape(
         "authorization",
         ("authorization",),
@@ -165,13 +191,16 @@ SHAPES: tuple[Shape, ...] = (
     Shape(
         "authorization",
         ("bearer", "basic"),
-        re.compile(r"(?<![\w-])(?:bearer|basic)\s{1,4}(?P<secret>[A-Za-z0-9._~+/-]{16,8192}={0,2})", re.IGNORECASE),
+        re.compile(
+            rf"(?:(?<![\w-])|{_ESCAPED})(?:bearer|basic)\s{{1,4}}(?P<secret>[A-Za-z0-9._~+/-]{{16,8192}}={{0,2}})",
+            re.IGNORECASE,
+        ),
         _has_digit,
     ),
     Shape(
         "login in an address",
         ("://",),
-        re.compile(r"://(?P<secret>[^\s/@:'\"<>\\]{0,256}:[^\s/@'\"<>\\]{1,512})@"),
+        re.compile(r"://(?P<secret>[^\s/@:'\"<>\\]{0,256}:[^\s/'\"<>\\]{1,512})@"),
         _is_login,
     ),
     Shape("password or key", ("pass", "pwd", "secret", "credential", "key", "token"), _ASSIGNED, _assigned),
@@ -295,8 +324,14 @@ def words(command: Sequence[str]) -> list[str]:
     cleaned = []
     before = ""
     for word in command:
-        named = _FLAG_FOR_SECRET.fullmatch(before) and word and not word.startswith("-") and not _HOLLOW.fullmatch(word)
-        cleaned.append(BY_NAME if named else clean(word))
+        name, equals, value = word.partition("=")
+        if _FLAG_FOR_SECRET.fullmatch(before) and word and not word.startswith("-") and not _HOLLOW.fullmatch(word):
+            cleaned.append(BY_NAME)
+        elif value and (_FLAG_FOR_SECRET.fullmatch(name) or named(name, value)) and not _HOLLOW.fullmatch(value):
+            # All of it: no shell cuts a word at a blank or an ampersand once it is one.
+            cleaned.append(f"{name}{equals}{BY_NAME}")
+        else:
+            cleaned.append(clean(word))
         before = word
     return cleaned
 

@@ -75,7 +75,7 @@ def render(
     without_payloads: bool = False,
 ) -> str:
     """The report as text. `keys`, `anchors`, `expect_head` and `without_payloads` are as `verify` takes them."""
-    told = _Told(None if without_payloads else blobs.Reader(run_dir))
+    told = _Told(None if without_payloads else blobs.Reader(run_dir, handed_on=True))
     cut = told.read(read.entries(run_dir))
     verified = verify(run_dir, keys=keys, anchors=anchors, expect_head=expect_head, without_payloads=without_payloads)
     template = _environment().get_template("report.html.j2")
@@ -579,6 +579,7 @@ class _View:
             ("contained", f"{contained:,}", ""),
             ("quarantined", f"{sum(sum(cycle.quarantined.values()) for cycle in cycles):,}", ""),
             ("freezes", f"{len(self.story.freezes):,}", "bad" if waiting else ""),
+            *([("pruned freezes", f"{gone:,}", "")] if (gone := self.story.pruned_freezes) else []),
             *([("foreseen freezes", f"{len(self.told.foreseen):,}", "")] if self.told.observed else []),
         ]
 

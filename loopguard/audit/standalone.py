@@ -112,10 +112,9 @@ def seconds(one: str, other: str) -> float:
 
 def object_in(source: bytes | Path) -> Json:
     """The JSON object in these bytes or in a file; empty where there is none."""
-    data = source if isinstance(source, bytes) else source.read_bytes() if source.exists() else b""
     try:
-        value = json.loads(data.decode())
-    except (ValueError, RecursionError):
+        value = json.loads((source if isinstance(source, bytes) else source.read_bytes()).decode())
+    except (ValueError, RecursionError, FileNotFoundError):
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -161,12 +160,13 @@ def check_pruned(record: Json) -> None:
 
 def front_of(folder: Path) -> tuple[Json, str]:
     """The record in `pruned.json`, empty where there is none, and what is wrong with it. Raises OSError."""
-    if not (path := folder / "pruned.json").exists():
-        return {}, ""
+    path = folder / "pruned.json"
     try:
         line = beginning(path, LINE_BYTES)
         need(line.endswith(b"\n") and len(line) <= LINE_BYTES, "it is not one line")
         check_pruned(record := record_in(line))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, ""
     except ValueError as error:
         return {}, f"{path}: {error.args[0]}"
     return record, ""
@@ -210,8 +210,12 @@ class Unpacked(io.RawIOBase):
 
 def lines_of(path: Path) -> Iterator[bytes]:
     """The lines of a segment, up to one that does not end. Raises OSError, and ValueError at a damage."""
-    path = path if path.exists() else path.with_name(f"{path.name}.gz")  # it was compressed since it was listed
-    with path.open("rb") as file:
+    try:
+        file = path.open("rb")
+    except FileNotFoundError:  # it was compressed since it was listed
+        path = path.with_name(f"{path.name}.gz")
+        file = path.open("rb")
+    with file:
         lines = io.BufferedReader(Unpacked(file), BLOCK_BYTES) if path.suffix == ".gz" else file
         line = b"\n"
         while line.endswith(b"\n") and (line := lines.readline(LINE_BYTES)):
@@ -808,7 +812,8 @@ def verify(
         need(outside, f"--anchors {place} holds no checkpoint, or lies beside the log, where it proves nothing")
     refuse_pipes(run_dir)
     audit, run, cache = run_dir / "audit", object_in(run_dir / "run.json").get("id"), object_in(run_dir / "state.json")
-    names = sorted(path.name for path in audit.iterdir() if segments(path)) if audit.is_dir() else []
+    homes = audit.iterdir() if audit.is_dir() else ()
+    names = sorted(path.name for path in homes if path.is_dir() and segments(path))
     marks = {"controller": expected} | {name: list[Mark]() for name in names if name != "controller"}
     home = f"{run}/" if isinstance(run, str) else ""
     log = f"{home}controller" if home else log_in(audit / "controller")

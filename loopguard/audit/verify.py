@@ -64,7 +64,7 @@ STATUS = {
 }
 
 _BREAKS = (TAMPER, TRUNCATED, REPLACED, SPLICE, FORK)
-_TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin")
+_TORN = re.compile(r"torn-\d{12}(-\d+)?\.bin", re.ASCII)
 _STREAM = re.compile(r"\w[\w.-]*", re.ASCII)
 _HEAD = re.compile(r"(?:([0-9]{1,15}):)?([0-9a-f]{64})")
 _COUNT = range(1, 2**53)

@@ -109,12 +109,13 @@ def freezes(run_dir: RunDir, as_json: AsJson = False) -> None:
     _say_pruned(run_dir)
     from loopguard.audit import query
 
-    found = query.freezes(run_dir)
+    told = query.story(run_dir)
+    found = told.freezes
     if as_json:
         print(json.dumps([freeze.facts() for freeze in found], sort_keys=True))
         return
     if not found:
-        print(f"{run_dir} has never frozen{_foreseen(run_dir)}", file=sys.stderr)
+        print(f"{run_dir} {told.unfrozen}{_foreseen(run_dir)}", file=sys.stderr)
         return
     _table(["freeze", "when", "cycle", "gate", "rule", "ended by", "reason"], [_freeze_row(freeze) for freeze in found])
 
@@ -127,7 +128,7 @@ def approvals(run_dir: RunDir, as_json: AsJson = False) -> None:
 
     Exit codes: 0 listed, also where there is none; 2 no log there; 6 a record was altered.
     """
-    _say_pruned(run_dir)
+    pruned = _say_pruned(run_dir)
     from loopguard.audit import read
     from loopguard.audit.events import canonical, fields_of
 
@@ -136,7 +137,8 @@ def approvals(run_dir: RunDir, as_json: AsJson = False) -> None:
     if as_json:
         print(f"[{','.join(canonical(fields_of(entry)) for entry in found)}]")
     elif not found:
-        print(f"{run_dir} was never asked to resume", file=sys.stderr)
+        since = " since" if pruned else ""
+        print(f"{run_dir} was never asked to resume{since}", file=sys.stderr)
     else:
         _table(["when", "what", "who", "key", "says"], [_approval_row(entry) for entry in found])
 
@@ -388,7 +390,7 @@ def bundle(
     print(f"{out}: {len(packed.names):,} files; {found.status} ({found.code}): {found.summary}")
 
 
-def _say_pruned(run_dir: Path) -> None:
+def _say_pruned(run_dir: Path) -> bool:
     """One line where the front of the log is gone: what is printed next does not begin at the beginning."""
     from loopguard.audit import read
     from loopguard.errors import AuditTamperedError
@@ -397,9 +399,10 @@ def _say_pruned(run_dir: Path) -> None:
         gone = read.pruned_front(run_dir)
     except AuditTamperedError as error:
         print(error, file=sys.stderr)  # an altered log can be looked at all the same, and has a report
-        return
+        return False
     if gone is not None:
         print(gone.told(), file=sys.stderr)
+    return gone is not None
 
 
 def _types(wanted: str | None) -> list[str] | None:

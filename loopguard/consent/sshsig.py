@@ -162,7 +162,8 @@ def _when(name: str, value: str | None) -> str:
 
 def stamp(moment: datetime) -> str:
     """A time as records have it: RFC 3339 in UTC with six decimals, so that text sorts as time does."""
-    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+    # Not strftime: it writes the year 26 as it is, and text that begins with "26-" sorts behind this century.
+    return moment.astimezone(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def read_signature(armored: str) -> Signature:

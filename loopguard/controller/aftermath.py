@@ -167,6 +167,12 @@ class Aftermath:
         return share, rule if self._cycle <= until else ""
 
 
+def counts(gate: str, cycle: int, *, now: int, policy: Freeze) -> bool:
+    """Whether a freeze at this gate, in this cycle, uses up the budget of a run that has come to cycle `now`."""
+    budget = policy.halt_above
+    return budget is not None and gate in _BY_ITSELF and cycle > now - budget.cycles
+
+
 def suspect_state(run_dir: Path, freeze: str) -> tuple[str, Any]:
     """The state at a freeze, and its name. Raises UsageError where it cannot be gone on with."""
     told = [one for one in read.entries(run_dir, types=("freeze.entered",)) if one.body.get("freeze") == freeze]

@@ -95,6 +95,20 @@ class Trail:
             self.credible = {snapshot}
 
 
+def refuse_unlogged(run_dir: Path, policy: str) -> None:
+    """Raise PolicyMismatchError where `run.json` names another guard policy than the log of the run."""
+    told = book(run_dir)
+    if not told.belongs_to(policy):
+        raise PolicyMismatchError(
+            [
+                (
+                    f"{run_dir}/run.json names guard policy {policy[:12]}, and the log of the run {told.policy[:12]}: "
+                    f"somebody edited it. Put {told.policy} back"
+                )
+            ]
+        )
+
+
 def check(
     run_dir: Path, loaded: LoadedPolicy, *, adopt_policy: str | None, by: str | None, reason: str | None
 ) -> dict[str, Any] | None:
@@ -114,16 +128,7 @@ def check(
             f"directory. `loopguard init --from-run {run_dir}` writes a policy for it"
         )
     old = str(facts["policy"])
-    told = book(run_dir)
-    if not told.belongs_to(old):
-        raise PolicyMismatchError(
-            [
-                (
-                    f"{run_dir}/run.json names guard policy {old[:12]}, and the log of the run {told.policy[:12]}: "
-                    f"somebody edited it. Put {told.policy} back"
-                )
-            ]
-        )
+    refuse_unlogged(run_dir, old)
     if old == loaded.digest:
         return None
     if adopt_policy is None or adopt_policy != loaded.digest:

@@ -63,7 +63,7 @@ class Standing:
     @classmethod
     def of(cls, entries: Iterable[Entry]) -> Standing:
         """Read the log of a run."""
-        standing, deciding = cls(), ""
+        standing = cls()
         for entry in entries:
             body = entry.body
             match entry.type:
@@ -71,11 +71,9 @@ class Standing:
                     standing.known.add(body["weights"])
                 case "update.leased":
                     standing.updates = True
-                case "promotion.decided" if body["result"] == "allow":
-                    deciding = body["weights"]
                 case "promotion.applied":
-                    standing.known.add(deciding)
-                    standing._chain.append(_Boundary(deciding))
+                    standing.known.add(body["actor"])
+                    standing._chain.append(_Boundary(body["actor"]))
                 case "snapshot.written" if body["promoted"]:
                     standing._last.snapshot = body["snapshot"]
                 case "promotion.settled" if not body["applied"]:
@@ -418,7 +416,8 @@ class Driver:
         }
         data = json.dumps(state, sort_keys=True).encode()
         replace_durably(checkpoint / self._file_name, data)
-        body = {"checkpoint": str(checkpoint), "update": guard._ledger.last}
+        # Whoever prunes the log, from whatever folder, has to find it.
+        body = {"checkpoint": str(checkpoint.absolute()), "update": guard._ledger.last}
         body |= {"weights": guard._held().weights_digest(), "state": hashlib.sha256(data).hexdigest()}
         guard._log.append("checkpoint.saved", body, cycle=self._cycle.number if self._cycle else None)
 

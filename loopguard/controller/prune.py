@@ -17,7 +17,8 @@ from loopguard.audit import read
 from loopguard.audit.log import AuditLog
 from loopguard.audit.verify import TAMPER, verify
 from loopguard.consent.sshsig import stamp
-from loopguard.controller.directory import anchors
+from loopguard.controller.aftermath import counts
+from loopguard.controller.directory import anchors, refuse_unlogged
 from loopguard.errors import AuditTamperedError, DiskError, LoopFrozen, PolicyMismatchError, RunBusyError, UsageError
 from loopguard.policy.load import load
 from loopguard.state import CONTROLLER, FreezeState, run_facts, standing
@@ -44,10 +45,11 @@ def plan(run_dir: Path, *, before: datetime, now: datetime) -> list[Plan]:
             f"{run_dir}: the log has findings ({found.status}, {found.code}), and what is pruned can be looked at by "
             f"nobody: {found.findings[0]}"
         )
+    refuse_unlogged(run_dir, str(facts["policy"]))  # another one may keep less
     names = [CONTROLLER, *(name for name in read.streams(run_dir) if name != CONTROLLER)]
     limit = stamp(before)
     try:
-        return [fronts.plan(run_dir, name, before=limit, stays=_Stays(run_dir, name)) for name in names]
+        return [fronts.plan(run_dir, name, before=limit, stays=_Stays(run_dir, name, policy)) for name in names]
     except OSError as error:
         raise DiskError(f"{error.filename or run_dir} cannot be read: {error.strerror or error}") from error
 
@@ -162,8 +164,14 @@ def _waits(run_dir: Path) -> UsageError:
 class _Stays:
     """Says of a record of one stream why it has to stay; the empty string where it may go."""
 
-    def __init__(self, run_dir: Path, stream: str) -> None:
+    def __init__(self, run_dir: Path, stream: str, policy: GuardPolicy) -> None:
         self._dir = run_dir
+        self._policy = policy.freeze
+        self._cycle = self._now = 0
+        """That of the record at hand, and the last one."""
+        for entry in read.entries(run_dir, stream, types=("cycle.started", "promotion.rolled_back")):
+            number = entry.cycle if entry.type == "cycle.started" else entry.body.get("cycle")
+            self._now = number if isinstance(number, int) else self._now
         promotions = read.entries(run_dir, stream, types=("promotion.applied",))
         self._promoted = max((entry.seq for entry in promotions), default=0)
 
@@ -176,8 +184,17 @@ class _Stays:
                 if name.isalnum() and (self._dir / "snapshots" / name).is_dir():
                     return f"snapshot {name[:12]} of cycle {entry.cycle} is still there"
             case "checkpoint.saved":
-                if Path(str(body.get("checkpoint"))).exists():
-                    return f"the checkpoint {body.get('checkpoint')} is still there"
+                path = Path(str(body.get("checkpoint")))
+                if not path.is_absolute() or "/body/checkpoint" in entry.redacted:
+                    return f"the checkpoint {path} may still be there: the log does not say in which folder"
+                if path.exists():
+                    return f"the checkpoint {path} is still there"
+            case "cycle.started" if entry.cycle is not None:
+                self._cycle = entry.cycle
+            case "freeze.entered":
+                cycle = self._cycle if entry.cycle is None else entry.cycle
+                if counts(str(body.get("gate")), cycle, now=self._now, policy=self._policy):
+                    return f"{body.get('freeze')} still counts for freeze.halt_above of the guard policy"
             case "resume.applied" if entry.seq > self._promoted and body.get("disposition") in ("accept", "discard"):
                 return f"the run goes on from what was decided about {body.get('freeze')}"
             case _:
@@ -189,6 +206,6 @@ def day(text: str) -> datetime:
     """A date or a time in UTC, as people write it. Raises UsageError."""
     try:
         moment = datetime.fromisoformat(text)
-    except ValueError:
+        return moment.astimezone(UTC) if moment.tzinfo else moment.replace(tzinfo=UTC)
+    except (ValueError, OverflowError):
         raise UsageError(f"--before {text!r} is no date; expected one such as 2026-01-31") from None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -157,7 +157,7 @@ def parse(head: bytes, event: dict[str, Any]) -> Request:
         authority, path = name.decode("ascii"), (b"/" if slash == b"/" else b"/" + slash) + path
     else:
         raise MalformedError("a request line in no form that is taken")
-    event["host"] = shown(authority)
+    event["host"] = shown(authority.rpartition("@")[2])  # a login before it is refused, and in no record
     where = _AUTHORITY.fullmatch(authority)
     if where is None or (method == b"CONNECT" and where[2] is None) or int(where[2] or 80) > 65535:
         raise MalformedError("not a host and a port")

@@ -155,6 +155,19 @@ class TestCheck:
         found = verify(run[0])
         assert (found.code, len(found.findings)) == (42, 3)
 
+    def test_something_else_in_the_place_of_their_folder_makes_them_missing_too(self, run):
+        """The verifier goes on behind the first: what cannot be read is less than what is gone."""
+        run_dir, commitments = run
+        shutil.rmtree(folder(run_dir) / "blobs")
+        (folder(run_dir) / "blobs").touch()
+        found = verify(run_dir)
+        assert (found.code, len(found.findings)) == (42, 3)
+        assert blobs.Reader(run_dir).text(commitments[0], most=5) == "(gone, and not erased by any record)"
+        with open_log(run_dir) as log:
+            log.erase(commitments, by="dana", reason="moved by hand")
+        assert find(run_dir) == (20, "")
+        assert list(read.entries(run_dir, types=("note.added",))) == []
+
     def test_a_reader_who_knows_that_they_were_left_out_does_not_miss_them(self, run):
         shutil.rmtree(folder(run[0]) / "blobs")
         found = verify(run[0], without_payloads=True)
@@ -267,6 +280,25 @@ class TestErase:
             pass
         assert commitments[0] not in there(run_dir)
 
+    def test_one_that_can_never_be_deleted_keeps_no_other_and_no_start(self, run):
+        """A folder in its place, say: the rest has to go all the same, and the run to go on."""
+        run_dir, commitments = run
+        path = blobs.path_of(folder(run_dir), commitments[0])
+        path.unlink()
+        path.mkdir()
+        with open_log(run_dir) as log:
+            log.erase(commitments, by="dana", reason="r")
+        assert there(run_dir) == []
+        for starts in (2, 3):
+            with open_log(run_dir):
+                pass
+            notes = [entry.body["text"] for entry in read.entries(run_dir, types=("note.added",))]
+            assert notes == [f"payloads that were erased cannot be deleted yet: Is a directory ({path})"] * starts
+        path.rmdir()
+        with open_log(run_dir):
+            pass
+        assert len(list(read.entries(run_dir, types=("note.added",)))) == 3
+
     def test_twice_is_once(self, run):
         """Also by another process, which knows it from the log."""
         run_dir, commitments = run
@@ -357,6 +389,14 @@ class TestAfterACrash:
         with open_log(run_dir):
             pass
         assert sum(1 for path in (folder(run_dir) / "blobs").rglob("*") if path.is_file()) == 6
+
+    def test_a_folder_is_nobodys_either(self, run):
+        run_dir, commitments = run
+        (folder(run_dir) / "blobs" / "00" / ("0" * 64)).mkdir(parents=True)
+        with open_log(run_dir):
+            pass
+        assert there(run_dir) == sorted(commitments)
+        assert list(read.entries(run_dir, types=("blob.dropped",))) == []
 
     def test_nothing_is_dropped_beside_a_log_that_does_not_verify(self, run):
         """What its lost records named, nobody knows."""
@@ -468,3 +508,18 @@ class TestReader:
         assert reader.text(first, most=5) == "(erased)"
         assert reader.text(second, most=5) == "(gone, and not erased by any record)"
         assert reader.text(third, most=5) == "(not what was recorded)"
+
+    def test_of_an_altered_log_it_still_says_what_it_can(self, run):
+        """A report is written of such a log too."""
+        run_dir, (first, second, third) = run
+        with open_log(run_dir) as log:
+            log.erase([first], by="dana", reason="r")
+            log.erase([second], by="eli", reason="r")
+        path = read.segments(run_dir)[0]
+        path.write_bytes(path.read_bytes().replace(b'"by":"eli"', b'"by":"fay"'))
+        reader = blobs.Reader(run_dir, handed_on=True)
+        assert [reader.text(one, most=5) for one in (first, second, third)] == [
+            "(erased)",
+            "(gone, and not erased by any record)",
+            "\\xff\0...",
+        ]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import tracemalloc
 import zlib
 
@@ -18,6 +19,7 @@ import pytest
 from audit_stories import finished, frozen_twice, open_log, plain_log
 
 from loopguard.audit import compress as packing
+from loopguard.audit import log as log_module
 from loopguard.audit import query, read, segments
 from loopguard.audit.events import Head
 from loopguard.audit.export import export
@@ -138,8 +140,102 @@ class TestWriting:
         assert not any(name.endswith(".gz") for name in names(run_dir))
         assert verify(run_dir).code == 20
 
+    @pytest.mark.parametrize("interrupted", ["sync", "wait"])
+    def test_no_thread_outlives_the_lock(self, run_dir, monkeypatch, interrupted):
+        """Whoever opens the log next begins with the same segment, and two at one segment could lose it."""
+        under_way = until_stopped(monkeypatch)
+        monkeypatch.setattr(packing, "CLOSE_S", 600.0 if interrupted == "wait" else 0.0)
+        log = open_log(run_dir, compress=True, **SMALL)
+        for number in range(30):
+            log.append("note.added", {"text": str(number)}, sync=False)
+        assert under_way.wait(60)
+        home, name = {"sync": (log, "sync"), "wait": (log._compressor, "wait")}[interrupted]
+        real = getattr(home, name)
+
+        def ctrl_c():
+            monkeypatch.setattr(home, name, real)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(home, name, ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            log.close()
+        assert read.owner(run_dir) is None
+        assert not any(thread.name == "loopguard-compress" for thread in threading.enumerate())
+
+    def test_where_no_thread_can_be_begun_segments_stay_raw_and_the_log_goes_on(self, run_dir, monkeypatch):
+        """At the limit of threads, and in Python 3.12 while the interpreter ends."""
+        real = threading.Thread.start
+
+        def refused(thread):
+            if thread.name == "loopguard-compress":
+                raise RuntimeError("can't start new thread")
+            real(thread)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", refused)
+            with open_log(run_dir, compress=True, **SMALL) as log:
+                for number in range(30):
+                    log.append("note.added", {"text": str(number)}, sync=False)
+        (left,) = [entry for entry in read.entries(run_dir) if entry.type == "log.left_raw"]
+        assert left.body["reason"] == "can't start new thread"
+        assert left.body["segments"] == [path.name for path in read.segments(run_dir)][:-1]
+        assert verify(run_dir).code == 20
+        with open_log(run_dir, compress=True, **SMALL) as log:
+            log._compressor.wait()
+            assert segments.is_packed(read.segments(run_dir)[0])
+
+
+def until_stopped(monkeypatch):
+    """A segment that takes until somebody stops it; gives what is set once it is under way."""
+    under_way = threading.Event()
+
+    def endless(path, partial, stop):
+        under_way.set()
+        while not stop():
+            time.sleep(0.001)
+
+    monkeypatch.setattr(packing, "_pack", endless)
+    return under_way
+
 
 class TestDisksThatFail:
+    def test_the_space_kept_for_a_last_record_is_not_taken_for_a_compressed_segment(self, run_dir, monkeypatch):
+        under_way = until_stopped(monkeypatch)
+        threads = []
+        real = log_module.AuditLog._write_last
+
+        def watched(log, fields):
+            threads.extend(thread.name for thread in threading.enumerate())
+            return real(log, fields)
+
+        monkeypatch.setattr(log_module.AuditLog, "_write_last", watched)
+        log = open_log(run_dir, compress=True, **SMALL)
+        for number in range(30):
+            log.append("note.added", {"text": str(number)}, sync=False)
+        assert under_way.wait(60)
+        log._failed("write", OSError(errno.ENOSPC, "No space left on device"))
+        log.append_last("freeze.entered", {"freeze": "f1"})
+        assert threads
+        assert "loopguard-compress" not in threads
+        log.close()
+        assert read.last(run_dir).type == "freeze.entered"
+
+    def test_more_segments_than_fit_into_one_record_are_told_in_several(self, run_dir, monkeypatch):
+        """Of a log that an earlier version left raw, on a disk that takes none of it."""
+        monkeypatch.setattr(packing, "_MOST_TOLD", 3)
+        monkeypatch.setattr(packing, "_pack", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "not permitted")))
+        plain_log(run_dir, notes=40, **SMALL)
+        raw = [path.name for path in read.segments(run_dir)][:-1]
+        with open_log(run_dir, compress=True, **SMALL) as log:
+            log._compressor.wait()
+            for _ in raw:
+                log.append("note.added", {"text": "later"}, sync=False)
+                log.checkpoint()
+        told = [entry.body for entry in read.entries(run_dir) if entry.type == "log.left_raw"]
+        assert {body["reason"] for body in told} == {"not permitted"}
+        assert max(len(body["segments"]) for body in told) == 3
+        assert [name for body in told for name in body["segments"]][: len(raw)] == raw
+
     @pytest.mark.parametrize("fails", ["_write", "_pack", "sync_folder"])
     def test_a_disk_that_fails_stops_nothing_and_is_told_once(self, run_dir, monkeypatch, fails):
         def full(*_):

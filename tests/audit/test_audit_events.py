@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loopguard.audit.events import LOOP, BadLineError, canonical, decode, encode, plain
+from loopguard.audit.events import LOOP, BadLineError, canonical, decode, encode, plain, printable
 from loopguard.errors import AuditError
 
 TEXTS = st.text(st.characters()) | st.sampled_from(["\ud800", "a\udfff", "\x7f", '","hash":"', "\\ud800", "\U0001f600"])
@@ -168,3 +168,21 @@ class TestForgedLines:
         del fields[name]
         with pytest.raises(BadLineError, match="missing|no version|no hash"):
             decode(line_by_the_book(fields)[:-1])
+
+
+class TestPrintable:
+    @pytest.mark.parametrize(
+        "code",
+        [
+            *(0x00, 0x1B, 0x7F, 0x9B, 0xAD, 0x34F, 0x115F, 0x1160, 0x17B4, 0x180B, 0x200B, 0x202E, 0x2066, 0x2800),
+            *(0x3164, 0xFE00, 0xFE0F, 0xFEFF, 0xFFA0, 0xE0001, 0xE0020, 0xE0100, 0xE01EF),
+        ],
+    )
+    def test_what_nobody_sees_or_what_moves_the_cursor_is_an_escape(self, code):
+        """Else a text says more than is shown, and two names look the same."""
+        escape = f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+        assert printable(f"da{chr(code)}na") == f"da{escape}na"
+
+    def test_what_people_write_stays(self):
+        text = "Zoë 李雷 मोहित \U0001f600 =<&>'"
+        assert printable(text) == text

@@ -500,6 +500,26 @@ class TestBadDisk:
         log.close()
         assert len(failures) == 5
 
+    def test_a_segment_that_a_failed_rotation_began_gets_no_record_of_another_number(self, run_dir, monkeypatch):
+        """A disk that fails there is no tampering: the last record takes back what was not synced."""
+        log = open_log(run_dir, segment_bytes=4000)
+        for number in range(7):
+            log.append("note.added", {"text": str(number)}, sync=False)
+
+        def failing(folder):
+            raise OSError(errno.EIO, "Input/output error")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(log_module, "_sync_folder", failing)
+            with pytest.raises(AuditWriteError, match="cannot rotate"):
+                log.append("note.added", {"text": "7"})
+        log.append_last("freeze.entered", {"freeze": "f1"})
+        log.close()
+        assert read.segments(run_dir)[-1].stat().st_size == 0
+        with open_log(run_dir, segment_bytes=4000):
+            pass
+        assert verify(run_dir).code == 20
+
     def test_append_last_is_an_ordinary_append_while_the_disk_is_well(self, run_dir):
         with open_log(run_dir) as log:
             log.append_last("freeze.entered", {"freeze": "f1"})

@@ -23,6 +23,7 @@ from loopguard.audit.pruned import FILE, Pruned, through
 from loopguard.audit.report import render
 from loopguard.audit.stats import stats
 from loopguard.audit.verify import verify
+from loopguard.cli.app import _main
 from loopguard.errors import AuditTamperedError, UsageError
 from loopguard.state import FreezeState
 
@@ -174,8 +175,9 @@ class TestPruning:
         assert verify(run_dir).code == 20
         assert (folder(run_dir) / "checkpoints" / f"{size}.note").exists()
 
-    def test_freezes_that_went_are_still_counted(self, tmp_path):
-        """No two freezes of a run have one name."""
+    @pytest.fixture
+    def once_frozen(self, tmp_path):
+        """A run that froze and was resumed, before its front was pruned."""
         loop = Loop(tmp_path / "run", updates=16, calls=4)
         loop.honest(0)
         loop.label_leak(1)
@@ -188,8 +190,23 @@ class TestPruning:
         assert gone.state.freezes == 1
         assert "freeze.entered" not in {entry.type for entry in read.entries(tmp_path / "run")}
         (tmp_path / "run" / "latch").unlink(missing_ok=True)
-        with open_log(tmp_path / "run", clock=clock_at(LATE)) as log:
-            assert FreezeState(tmp_path / "run", log).count == 1
+        return tmp_path / "run"
+
+    def test_freezes_that_went_are_still_counted(self, once_frozen):
+        """No two freezes of a run have one name."""
+        with open_log(once_frozen, clock=clock_at(LATE)) as log:
+            assert FreezeState(once_frozen, log).count == 1
+
+    def test_nobody_says_that_a_run_never_froze_whose_freezes_went(self, once_frozen, capsys):
+        said = "froze once in records that were pruned, and not since"
+        with pytest.raises(UsageError, match=said):
+            query.why(once_frozen)
+        assert f"This run {said}." in render(once_frozen)
+        assert "pruned freezes" in render(once_frozen)
+        assert _main(["audit", "freezes", str(once_frozen)]) == 0
+        assert f"{once_frozen} {said}" in capsys.readouterr().err
+        assert _main(["audit", "approvals", str(once_frozen)]) == 0
+        assert "was never asked to resume since" in capsys.readouterr().err
 
     def test_a_cut_line_of_those_days_goes_as_well(self, run_dir):
         """Its bytes are part of what was pruned, and the next start does not record them anew."""

@@ -72,6 +72,18 @@ NAMED = [
     ("postgres://bob:tiger@db.example.org/x", "tiger"),
     ("https://oauth2:abc@git.example.org/r.git", "abc"),
     ("redis://:tiger@cache:6379/0", "tiger"),
+    ("postgres://bob:p@ssw0rd@db.example.org/x", "ssw0rd"),
+    ('password             = "hunter2"', "hunter2"),
+    ("DB_PASSWORD          =      tiger9", "tiger9"),
+    ('password = """hunter2"""', "hunter2"),
+    ("password = '''hunter2'''", "hunter2"),
+    ('password: str | None = "hunter2"', "hunter2"),
+    ("{\\'password\\': \\'hunter2\\'}", "hunter2"),
+    ('{\\\\\\"password\\\\\\": \\\\\\"hunter2\\\\\\"}', "hunter2"),
+    ("it isn't password = 'hunter2'", "hunter2"),
+    ('x = "a"; password = ") hunter2"', "hunter2"),
+    ("api_key: c2VjcmV0LWtleQ==", "c2VjcmV0LWtleQ"),
+    ("api_key: c2VjcmV0LWtleS0=\nuser: somebody1", "c2VjcmV0LWtleS0"),
 ]
 
 LEFT_ALONE = [
@@ -101,6 +113,11 @@ LEFT_ALONE = [
     "keyword arguments; the key is: sort by value",
     "a password is at least eight characters",
     "password: ********",
+    'password = "" + rest + ""',
+    'password = getpass.getpass("Enter password: ")\nprint("hi")',
+    "print(\"secret =\", secret); print('password:', password)",
+    'raise ValueError("no password: " "give one")',
+    "fetch(url, {credentials: 'include'})",
     "password=[secret: password or key]",
     "rule calculator allows it",
     "loss fell from 0.4172 to 0.02468, 30.2 times its noise, since update 461",
@@ -110,7 +127,13 @@ LEFT_ALONE = [
 
 
 @pytest.mark.parametrize("secret", SHAPED.values(), ids=SHAPED)
-@pytest.mark.parametrize("around", ["{}", "x = '{}'", "before {} behind", '{{"a": ["{}"]}}', "ä\n\t{}\n", "a={};b"])
+@pytest.mark.parametrize(
+    "around",
+    [
+        *("{}", "x = '{}'", "before {} behind", '{{"a": ["{}"]}}', "ä\n\t{}\n", "a={};b"),
+        *("b'a\\n{}\\n'", "a\\x00{}\\x00", "'a\\u0027{}\\u0027'", "?a%3D{}%26", "\x1b[1;32m{}\x1b[0m", "\x1b[m{}"),
+    ],
+)
 def test_a_secret_is_known_by_its_shape_wherever_it_stands(secret, around):
     cleaned = clean(around.format(secret))
     assert secret[:40] not in cleaned
@@ -161,6 +184,11 @@ def test_two_shapes_over_the_same_place_are_one():
     assert JWT[:20] not in clean(f"Authorization: Bearer {JWT}")
 
 
+@pytest.mark.parametrize("before", ["a\\n", "%0A", "\x1b[33m"])
+def test_a_header_is_known_behind_an_escape_too(before):
+    assert ALNUM not in clean(f"{before}Bearer {ALNUM}")
+
+
 class TestHead:
     @pytest.mark.parametrize("secret", SHAPED.values(), ids=SHAPED)
     @pytest.mark.parametrize("shown", [1, 4, 7, 12])
@@ -171,6 +199,12 @@ class TestHead:
         assert had_secrets
         assert cut.startswith(f"{before}[secret: ")
         assert secret[:shown] not in cut.removeprefix(before).partition("[secret: ")[0]
+
+    def test_a_web_token_is_known_however_far_behind_the_cut_it_ends(self):
+        header, claims, signature = JWT.split(".")
+        cut, had_secrets = head(f"x = '{header}.{claims * 60}.{signature}'")
+        assert had_secrets
+        assert claims[:20] not in cut
 
     def test_a_value_across_the_cut_is_known_by_its_name(self):
         cut, _ = head("#" * 170 + " password = 'a very long pass phrase that goes on and on'")
@@ -199,6 +233,10 @@ class TestWords:
             ["tool", "--password=hunter2", "run"],
             ["tool", "PASSWORD=hunter2", "run"],
             ["sh", "-c", "tool --password hunter2", "run"],
+            ["tool", "--password=a hunter2", "run"],
+            ["tool", "--password=a&hunter2", "run"],
+            ["tool", "PASSWORD=a;hunter2", "run"],
+            ["tool", "-Ddb.password=hunter(2)hunter2", "run"],
         ],
     )
     def test_a_secret_in_the_next_word_is_found(self, command):

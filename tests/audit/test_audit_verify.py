@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -495,6 +497,33 @@ class TestSurroundings:
     def test_a_file_that_cannot_be_read_is_unreadable(self, tmp_path):
         (tmp_path / "run/audit/controller" / read.segment_name(1)).mkdir(parents=True)
         assert verify(tmp_path / "run").status == "unreadable"
+
+    @pytest.mark.parametrize(
+        ("name", "status"),
+        [
+            *((name, "unreadable") for name in ("run.json", "state.json", "audit", "audit/controller")),
+            *((f"audit/controller/{name}", "unreadable") for name in ("pruned.json", "seg-000000000001.jsonl")),
+            ("audit/rank-1", "unanchored"),
+        ],
+    )
+    def test_a_link_that_leads_to_itself_is_not_a_file_that_is_missing(self, tmp_path, name, status):
+        """Also where the compressed form of a segment lies beside it: the raw one counts. No stream is a link."""
+        plain_log(tmp_path / "run")
+        path = tmp_path / "run" / name
+        if path.suffix == ".jsonl":
+            path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        if os.path.lexists(path):
+            path.rename(tmp_path / "away")
+        path.symlink_to(path)
+        assert verify(tmp_path / "run").status == status
+
+    def test_bytes_that_were_set_aside_have_a_number_of_ascii_digits(self, tmp_path):
+        """No writer ever set any aside under another name."""
+        name = f"torn-{chr(0x660) * 12}.bin"
+        with open_log(tmp_path / "run") as log:
+            log.append("log.recovered", {"torn_bytes": 1, "digest": "0" * 64, "file": name})
+        (tmp_path / "run" / "audit" / "controller" / name).write_bytes(b"x")
+        assert verify(tmp_path / "run").status == "unanchored"
 
     def test_a_clock_that_ran_backward_is_a_warning(self, tmp_path):
         """Times are the machine's own word; the order of records comes from the chain."""

@@ -366,6 +366,14 @@ class TestCheckpoints:
         lab.train(again, resume_from_checkpoint=str(lab.tmp_path / "trainer" / "checkpoint-2"))
         assert lab.events("checkpoint.loaded")[-1].body["update"] == 2
 
+    def test_a_checkpoint_is_recorded_where_anybody_finds_it(self, lab, monkeypatch):
+        """Whoever prunes the log stands in another folder than the loop did, and keeps what is still there."""
+        monkeypatch.chdir(lab.tmp_path)
+        lab.train(make_trainer(lab.tmp_path, batches(4), output_dir="out", **SAVING))
+        saved = lab.events("checkpoint.saved")
+        assert saved
+        assert {entry.body["checkpoint"].rpartition("/")[0] for entry in saved} == {str(lab.tmp_path / "out")}
+
     def test_a_checkpoint_of_after_the_promotion_that_a_person_went_back_to_is_put_back(self, lab):
         """Else `--rollback` and `resume_from_checkpoint=True` together would undo the rollback."""
         lab.write(panel=EVAL_LOSS)

@@ -407,6 +407,15 @@ class TestPlaces:
         assert b" 403 " in cell.ask(get("http://other.example/"))
         assert world.asked == ["good.example"]
 
+    @pytest.mark.parametrize(
+        "line", ["GET http://bob:tiger@example.org/ HTTP/1.1", "CONNECT bob:tiger@example.org:443 HTTP/1.1"]
+    )
+    def test_a_login_in_an_address_is_not_in_the_record(self, cell, line):
+        """Without the scheme before it nobody knows any more that it is one."""
+        cell.ask(f"{line}\r\nHost: example.org\r\n\r\n".encode())
+        assert (cell.event["result"], cell.event["reason"]) == ("refused", "not a host and a port")
+        assert cell.event["host"].startswith("example.org")
+
     def test_names_of_models_are_bounded_in_the_record(self, cell):
         """A name in a record is printable ASCII of a bounded length, whatever was sent."""
         cell.ask(get("http://" + "a" * 3000 + "/"))
