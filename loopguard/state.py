@@ -24,7 +24,7 @@ from loopguard.audit import read
 from loopguard.audit.events import MAX_DEPTH, Head, canonical, depth, printable
 from loopguard.audit.redact import clean
 from loopguard.consent.book import Book, count, later
-from loopguard.errors import DiskError, LoopFrozen, UsageError
+from loopguard.errors import AuditError, AuditWriteError, DiskError, LoopFrozen, UsageError
 from loopguard.snapshots import replace_durably, sync_directory, writing
 from loopguard.snapshots.files import make_directory, write_synced
 from loopguard.types import NOTHING, ROLL_BACK, WayOn
@@ -57,6 +57,8 @@ _MOST_LEVELS = MAX_DEPTH // 2
 """Of a request: what it asks people to sign is recorded as it came, also where it is no statement."""
 _MOST_CHARS = 2000
 """Of the reason of a freeze: one that no record could hold would keep the freeze out of the log."""
+_ALWAYS_TOLD = ("update", "restored", "capsule", "capsule_digest")
+"""Of a freeze, also where the rest is too much for a record."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -483,7 +485,15 @@ class FreezeState:
         # All ranks give the reason that they agreed on, which is more than the one who latched knew.
         self._reason, self.probation = reason, 0
         body = self._told_of(gate=gate, rule=rule, reason=reason)
-        self._log.append("freeze.entered", body | dict(facts or {}), cycle=cycle)
+        told = dict(facts or {})
+        try:
+            self._log.append("freeze.entered", body | told, cycle=cycle)
+        except AuditWriteError:
+            raise
+        except AuditError:
+            # More than a record holds, as of thousands of metrics. The capsule has it, and the freeze comes first.
+            kept = {name: told[name] for name in _ALWAYS_TOLD if name in told}
+            self._log.append("freeze.entered", body | kept, cycle=cycle)
         self.remember(cycle=None)
         return freeze
 

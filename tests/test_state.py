@@ -125,6 +125,17 @@ def test_a_freeze_is_recorded_whatever_the_monitor_that_failed_had_to_say(run):
     assert "ghp" not in entry.body["reason"]
 
 
+def test_a_freeze_is_recorded_although_thousands_of_metrics_tripped(run):
+    state = run.open()
+    signals = tuple(Signal(level="trip", monitor="bounds", metric=f"m{n}", value=0.5, at=7) for n in range(3000))
+    decision = Decision(result="freeze", gate="promotion", rule="panel", reason="3000 fell", signals=signals)
+    state.freeze(decision, cycle=1, facts={"update": 7, "capsule": "freezes/f1", "capsule_trouble": "x" * 300_000})
+    (entry,) = read.entries(run.path, types=("freeze.entered",))
+    told = {name: entry.body[name] for name in ("reason", "update", "capsule", "signals")}
+    assert told == {"reason": "3000 fell", "update": 7, "capsule": "freezes/f1", "signals": []}
+    assert state.frozen
+
+
 def test_resume_is_logged_with_its_name_and_then_the_latch_goes(run):
     state = run.open()
     state.freeze(DECISION, cycle=2, facts={})
