@@ -5,7 +5,7 @@ demo: .venv/ready image  ## A guarded self-training loop with a planted fault, f
 
 test: .venv/ready  ## All tests. Without a Docker engine it runs the rest and says so at the end.
 	@sandbox_images/setup.sh || echo "make test: going on without a sandbox" >&2
-	.venv/bin/pytest -n 2 --dist loadscope
+	.venv/bin/pytest
 
 test-browser: .venv/ready  ## The report in a real browser. Without Chromium it says loudly that nothing was looked at.
 	@tests/browser/setup.sh || echo "make test-browser: going on without Chromium" >&2

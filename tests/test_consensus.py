@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from lab import POLICY
 
+from loopguard.audit.log import AuditLog
 from loopguard.controller.ranks import Consensus, Place, await_layout, compare, place
 from loopguard.errors import UsageError
 from loopguard.policy.load import load
@@ -253,7 +254,10 @@ def test_a_rank_does_not_wait_for_ever_for_a_run_directory(monkeypatch, tmp_path
     with pytest.raises(UsageError, match="has no run.json"):
         await_layout(Path(tmp_path))
     (tmp_path / "run.json").write_text("{}")
-    await_layout(tmp_path)
+    with pytest.raises(UsageError, match="has no audit log"):
+        await_layout(tmp_path)
+    with AuditLog.open(tmp_path, run_id="a", policy="", reserve_mib=1):
+        await_layout(tmp_path)
 
 
 class TestWhichRank:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
+from loopguard.audit import read
 from loopguard.errors import DiskError, UsageError
 from loopguard.snapshots import Promoted, Slot, SnapshotStore
 from loopguard.state import CONTROLLER
@@ -307,12 +308,16 @@ def place() -> Place:
 
 
 def await_layout(run_dir: Path) -> None:
-    """Wait until rank 0 has laid out the run directory. Raises UsageError where it does not come."""
+    """Wait until rank 0 has laid out the run directory and begun its log, which every rank reads.
+
+    Raises UsageError where that does not come.
+    """
     deadline = time.monotonic() + _LAYOUT_S
-    while not (run_dir / "run.json").exists():
+    while not (there := (run_dir / "run.json").exists()) or not read.segments(run_dir):
         if time.monotonic() > deadline:
+            what = "audit log" if there else "run.json"
             raise UsageError(
-                f"{run_dir} has no run.json after {_LAYOUT_S:g} s: rank 0 did not open it, or has another disk"
+                f"{run_dir} has no {what} after {_LAYOUT_S:g} s: rank 0 did not open it, or has another disk"
             )
         time.sleep(_LAYOUT_POLL_S)
 
