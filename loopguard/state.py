@@ -59,6 +59,8 @@ _MOST_CHARS = 2000
 """Of the reason of a freeze: one that no record could hold would keep the freeze out of the log."""
 _ALWAYS_TOLD = ("update", "restored", "capsule", "capsule_digest")
 """Of a freeze, also where the rest is too much for a record."""
+_MOST_SIGNALS = 100
+"""So many of them are told then."""
 _UNKNOWN_RESUME = "the controller's stream says that the run goes on"
 
 
@@ -493,7 +495,9 @@ class FreezeState:
         except AuditError:
             # More than a record holds, as of thousands of metrics. The capsule has it, and the freeze comes first.
             kept = {name: told[name] for name in _ALWAYS_TOLD if name in told}
-            self._log.append("freeze.entered", body | kept, cycle=cycle)
+            # First those that forbid a waiver: they must not get lost among many that do not.
+            signals = sorted(told.get("signals", ()), key=lambda signal: not signal["at_once"])[:_MOST_SIGNALS]
+            self._log.append("freeze.entered", body | kept | {"signals": signals}, cycle=cycle)
         self.remember(cycle=None)
         return freeze
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -127,12 +128,16 @@ def test_a_freeze_is_recorded_whatever_the_monitor_that_failed_had_to_say(run):
 
 def test_a_freeze_is_recorded_although_thousands_of_metrics_tripped(run):
     state = run.open()
-    signals = tuple(Signal(level="trip", monitor="bounds", metric=f"m{n}", value=0.5, at=7) for n in range(3000))
+    tripped = Signal(level="trip", monitor="jump", metric="m", value=0.5, at=7)
+    signals = (*(replace(tripped, metric=f"m{n}") for n in range(3000)), replace(tripped, metric="odd", at_once=True))
     decision = Decision(result="freeze", gate="promotion", rule="panel", reason="3000 fell", signals=signals)
     state.freeze(decision, cycle=1, facts={"update": 7, "capsule": "freezes/f1", "capsule_trouble": "x" * 300_000})
     (entry,) = read.entries(run.path, types=("freeze.entered",))
-    told = {name: entry.body[name] for name in ("reason", "update", "capsule", "signals")}
-    assert told == {"reason": "3000 fell", "update": 7, "capsule": "freezes/f1", "signals": []}
+    told = {name: entry.body[name] for name in ("reason", "update", "capsule")}
+    assert told == {"reason": "3000 fell", "update": 7, "capsule": "freezes/f1"}
+    assert "capsule_trouble" not in entry.body
+    # What forbids a waiver is told first.
+    assert [signal["metric"] for signal in entry.body["signals"][:3]] == ["odd", "m0", "m1"]
     assert state.frozen
 
 
